@@ -1,0 +1,654 @@
+"""A virtual machine: what it is made of, one run after another, and what comes out of a run.
+
+A ``Vm`` is a description that was checked once. Each run makes a machine of it and ends it: ``run()`` in one call,
+``start()`` and ``wait()`` in two, ``debug()`` under the control of a ``Debugger``.
+
+>>> parse_size("64MiB"), parse_size("1.5 GB"), parse_size("4096")
+(67108864, 1610612736, 4096)
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from weakref import WeakSet
+
+from uhyve._core import Image, Machine
+from uhyve.errors import ConfigError, GuestCrashError, TimeoutExpired, VmStateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import TracebackType
+    from typing import Any, ClassVar, Final, Literal, Self, TypeAlias
+
+    from uhyve.debugger import Debugger
+
+    StrPath: TypeAlias = str | os.PathLike[str]
+    FileSource: TypeAlias = StrPath | bytes | bytearray | memoryview
+    Output: TypeAlias = Literal["capture", "stdout", "none"] | os.PathLike[str] | Callable[[bytes], object] | None
+
+__all__ = ["Record", "VcpuStats", "Vm", "VmResult", "VmStats", "parse_size"]
+
+MINIMUM_MEMORY: Final = 16 << 20
+MEMORY_STEP: Final = 2 << 20
+OUTPUT_LIMIT: Final = 64 << 20
+_UNITS: Final = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def parse_size(text: str) -> int:
+    """The number of bytes that a size such as ``"64MiB"``, ``"1.5G"`` or ``"4096"`` stands for.
+
+    ``K``, ``M``, ``G`` and ``T`` are powers of 1024, with or without ``B`` or ``iB`` after them, in either case: memory
+    comes in these. Raises ``ConfigError`` for anything else.
+    """
+    size = text.strip()
+    digits = len(size) - len(size.lstrip("0123456789."))
+    unit = size[digits:].strip().lower()
+    shift = _UNITS.get(unit.removesuffix("ib") or "?", _UNITS.get(unit.removesuffix("b")))
+    try:
+        value = float(size[:digits]) if "." in size[:digits] else int(size[:digits])
+    except ValueError:
+        shift = None
+    if shift is None:
+        raise ConfigError(f"{text!r} is not a size; write a number of bytes, or one with KiB, MiB or GiB, such as '64MiB'")
+    scaled = value * (1 << shift)
+    if scaled != int(scaled):
+        raise ConfigError(f"{text!r} is not a whole number of bytes")
+    return int(scaled)
+
+
+class Record:
+    """A value with named fields that can't be changed, compares by them, and can be pickled.
+
+    This is what ``dataclasses`` would make, without the time that importing it takes.
+    """
+
+    __slots__ = ()
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def _fill(self, *values: object) -> None:
+        for name, value in zip(self._fields, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self._fields)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a {type(self).__name__} can't be changed")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a {type(self).__name__} can't be changed")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._values()))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._fields)
+        return f"{type(self).__name__}({fields})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._values()
+
+
+class VcpuStats(Record):
+    """What one vCPU did."""
+
+    __slots__ = ("exits", "hypercalls")
+    __match_args__ = _fields = ("exits", "hypercalls")
+
+    exits: dict[str, int]
+    """How many times it left the guest, by reason; hypercalls are not among them."""
+    hypercalls: dict[str, int]
+    """How many hypercalls it made, by name."""
+
+    def __init__(self, exits: dict[str, int], hypercalls: dict[str, int]) -> None:
+        self._fill(exits, hypercalls)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class VmStats(Record):
+    """What a VM did, vCPU by vCPU. ``str()`` gives a table for people."""
+
+    __slots__ = ("backend", "seconds", "vcpus")
+    _fields = ("vcpus", "backend", "seconds")
+    __match_args__ = _fields
+
+    vcpus: tuple[VcpuStats, ...]
+    """The counters of each vCPU, by number."""
+    backend: str
+    """What the vCPUs ran on, ``"kvm"`` for instance."""
+    seconds: float
+    """Time from the start to the end of the run, or to now."""
+
+    def __init__(self, vcpus: Iterable[VcpuStats], backend: str, seconds: float) -> None:
+        self._fill(tuple(vcpus), backend, seconds)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def exits(self) -> dict[str, int]:
+        """Exits of all vCPUs together, by reason."""
+        return _sum(vcpu.exits for vcpu in self.vcpus)
+
+    @property
+    def hypercalls(self) -> dict[str, int]:
+        """Hypercalls of all vCPUs together, by name."""
+        return _sum(vcpu.hypercalls for vcpu in self.vcpus)
+
+    @property
+    def total(self) -> int:
+        """How many times any vCPU left the guest, hypercalls included."""
+        return sum(self.exits.values()) + sum(self.hypercalls.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.total:,} exits in {self.seconds:.3f} s on {self.backend}"]
+        heads = [f"vCPU {number}" for number in range(len(self.vcpus))]
+        for title, counters in (
+            ("exits", [vcpu.exits for vcpu in self.vcpus]),
+            ("hypercalls", [vcpu.hypercalls for vcpu in self.vcpus]),
+        ):
+            total = _sum(counters)
+            if total:
+                columns = [*counters, total] if len(counters) > 1 else counters
+                lines.append(f"{title:<24}" + "".join(f"{head:>12}" for head in [*heads, "total"][: len(columns)]))
+                lines += [
+                    f"  {name:<22}" + "".join(f"{column.get(name, 0):>12,}" for column in columns) for name in total
+                ]
+        return "\n".join(lines)
+
+
+class VmResult(Record):
+    """How a guest ended itself, and what it left. An exit code that isn't 0 is a result like any other."""
+
+    __slots__ = ("code", "output_bytes", "stats", "truncated")
+    _fields = ("code", "output_bytes", "truncated", "stats")
+    __match_args__ = ("code", "output", "stats")
+
+    code: int
+    """The guest's exit code."""
+    output_bytes: bytes
+    """What the guest wrote to its console, if it was captured; else empty."""
+    truncated: bool
+    """Whether the guest wrote more than ``output_limit`` bytes, and the rest was dropped."""
+    stats: VmStats
+    """Counters of the run."""
+
+    def __init__(self, code: int, output_bytes: bytes, truncated: bool, stats: VmStats) -> None:
+        self._fill(code, output_bytes, truncated, stats)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def output(self) -> str:
+        """``output_bytes`` as text; what isn't UTF-8 is replaced."""
+        return self.output_bytes.decode(errors="replace")
+
+    @property
+    def backend(self) -> str:
+        """What the vCPUs ran on."""
+        return self.stats.backend
+
+    @property
+    def seconds(self) -> float:
+        """How long the run took."""
+        return self.stats.seconds
+
+    def __repr__(self) -> str:
+        text = self.output
+        shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}… ({len(self.output_bytes)} bytes)"
+        return f"VmResult(code={self.code}, output={shown}, backend={self.backend!r}, seconds={self.seconds:.3f})"
+
+
+def _sum(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for counter in counters:
+        for name, count in counter.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def stats_of(machine: Machine) -> VmStats:
+    """The counters of a machine, running or not."""
+    counters = (VcpuStats(vcpu["exits"], vcpu["hypercalls"]) for vcpu in machine.stats())
+    return VmStats(counters, machine.backend, machine.elapsed)
+
+
+def result_of(machine: Machine, code: int) -> VmResult:
+    """The result of a machine whose guest has ended with ``code``."""
+    output, truncated = machine.output()
+    return VmResult(code, output, truncated, stats_of(machine))
+
+
+def text_of(machine: Machine) -> str:
+    """What a machine's console has captured."""
+    return machine.output()[0].decode(errors="replace")
+
+
+class _Run:
+    """One machine of a Vm, from the wish for it to its end."""
+
+    __slots__ = ("debugging", "interrupted", "machine")
+
+    def __init__(self, debugging: bool) -> None:
+        self.machine: Machine | None = None
+        self.debugging = debugging
+        self.interrupted = False
+
+
+_running: WeakSet[Vm] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends the machines that still run when the interpreter ends: their threads may want to call into it."""
+    for vm in list(_running):
+        vm.close()
+
+
+class Vm:
+    """A Hermit image and the machine to run it on.
+
+    ``image`` is a path, the image's bytes, or an ``Image``; it is read and checked here, once, and may change on the
+    disk afterwards. The keywords:
+
+    ``memory``
+        RAM: bytes as an integer, or text such as ``"64MiB"``. None: what the image asks for, at least 64 MiB. At least
+        16 MiB, and a multiple of 2 MiB.
+    ``cpus``
+        Number of vCPUs. None: what the image asks for, at least 1.
+    ``args``, ``kernel_args``
+        Arguments of the application and of the kernel. None: the image's own, if it carries any.
+    ``env``
+        Environment: a mapping that is added to the image's own, or ``"host"`` for the host's as it is at each start.
+    ``files``
+        What of the host the guest sees: guest path to host path, or to bytes. Directories are seen with all below.
+    ``output``
+        Where the guest's console goes. ``"capture"``: into ``VmResult.output``, up to ``output_limit`` bytes.
+        ``"stdout"``: to file descriptor 1. A ``pathlib.Path``: to that file, which must not exist. A callable: it gets
+        whole lines as ``bytes`` while the guest runs, on a thread of the VM. ``"none"`` or None: nowhere.
+    ``backend``
+        ``"kvm"`` or ``"auto"``. The environment variable ``UHYVE_BACKEND`` takes the place of ``"auto"``.
+    ``aslr``
+        Load a relocatable image at a random address.
+    ``thp``, ``ksm``
+        Back RAM by transparent huge pages; let the host merge equal pages.
+    ``pit``, ``cpu_pm``
+        Emulate an interval timer; let an idle guest keep its host CPU, which wakes it faster.
+    ``affinity``
+        The host CPU of each vCPU.
+    ``tempdir``
+        Where the scratch directory is made, for files that the guest creates outside of ``files``.
+    ``file_isolation``
+        Landlock on the vCPU threads: ``"none"``, ``"normal"`` (what the kernel has) or ``"strict"`` (all, or an error).
+    ``io_mode``
+        How host files are opened: None, ``"direct"``, ``"sync"`` or ``"direct,sync"``.
+
+    Raises ``ImageError``, and ``ConfigError`` or ``TypeError`` for a keyword that isn't right. What only a start can
+    find out (the image's wishes, the host's limits) is raised by the start.
+
+    A Vm runs one machine at a time, and any number one after the other. Several may run at once, from any threads.
+
+    >>> from uhyve import Vm
+    >>> vm = Vm.demo(memory="64MiB", cpus=2, env={"KEY": "value"})
+    >>> vm
+    Vm('demo', memory=67108864, cpus=2)
+    """
+
+    def __init__(
+        self,
+        image: StrPath | bytes | Image,
+        *,
+        memory: str | int | None = None,
+        cpus: int | None = None,
+        kernel_args: Sequence[StrPath] | None = None,
+        args: Sequence[StrPath] | None = None,
+        env: Mapping[str, str] | Literal["host"] | None = None,
+        files: Mapping[str, FileSource] | None = None,
+        output: Output = "capture",
+        output_limit: int = OUTPUT_LIMIT,
+        backend: str = "auto",
+        aslr: bool = True,
+        thp: bool = False,
+        ksm: bool = False,
+        pit: bool = False,
+        cpu_pm: bool = False,
+        affinity: Sequence[int] | None = None,
+        tempdir: StrPath | None = None,
+        file_isolation: Literal["none", "normal", "strict"] = "none",
+        io_mode: str | None = None,
+    ) -> None:
+        direct, sync = _io_mode(io_mode)
+        self._host_environment = env == "host"
+        self._arguments: dict[str, object] = {
+            "memory": _memory(memory),
+            "cpus": None if cpus is None else _number("cpus", cpus, 1),
+            "kernel_args": _words("kernel_args", kernel_args),
+            "args": _words("args", args),
+            "env": [] if env is None or env == "host" else _environment(env),
+            "files": _files(files or {}),
+            "output": _output(output),
+            "output_limit": _number("output_limit", output_limit, 0),
+            "backend": _backend(backend),
+            "aslr": bool(aslr),
+            "thp": bool(thp),
+            "ksm": bool(ksm),
+            "pit": bool(pit),
+            "cpu_pm": bool(cpu_pm),
+            "affinity": [_number("affinity", cpu, 0) for cpu in affinity or ()],
+            "tempdir": None if tempdir is None else os.fspath(tempdir),
+            "file_isolation": _choice("file_isolation", file_isolation, ("none", "normal", "strict")),
+            "io_direct": direct,
+            "io_sync": sync,
+        }
+        self._image = _image(image)
+        self._lock = threading.RLock()
+        self._run: _Run | None = None
+        self._result: VmResult | None = None
+
+    @classmethod
+    def demo(cls, **keywords: Any) -> Self:
+        """A Vm of the small guest that is part of this package, so that a first run needs no image.
+
+        It greets, handles ten requests (``handle_request(id, size)``) and ends with code 0. ``keywords`` are those of
+        ``Vm``.
+        """
+        return cls(Image.demo(), **keywords)
+
+    @property
+    def image(self) -> Image:
+        """The parsed image."""
+        return self._image
+
+    @property
+    def running(self) -> bool:
+        """Whether a machine of this Vm was started whose guest has neither ended nor been closed.
+
+        A guest that a debugger has stopped is running in this sense.
+        """
+        run = self._run
+        if run is None:
+            return False
+        return run.machine is None or is_alive(run.machine)
+
+    def run(self, timeout: float | None = None) -> VmResult:
+        """Runs the guest to its end.
+
+        Raises ``TimeoutExpired`` when ``timeout`` seconds are over, ``GuestCrashError`` if the guest crashes (both with
+        what was captured as ``output``), ``VmStateError`` if another thread ends the run or one is under way,
+        ``HypervisorError`` or ``OSError`` if the host fails, and what a callable ``output`` raised. The machine is gone
+        when this returns or raises, by ``KeyboardInterrupt`` too.
+        """
+        run = self._launch(debugging=False)
+        try:
+            return self._wait(run, timeout)
+        finally:
+            self._release(run)
+
+    def start(self) -> None:
+        """Starts the guest and returns; it runs until its end, ``close()``, or the end of the last reference to this.
+
+        Raises ``VmStateError`` if a machine of this Vm runs already, ``ConfigError``, ``HypervisorError`` or ``OSError``
+        if none can be made.
+        """
+        self._launch(debugging=False)
+
+    def wait(self, timeout: float | None = None) -> VmResult:
+        """Waits for the end of the guest that ``start()`` started. Called again after that, gives the same result.
+
+        Raises ``TimeoutExpired`` when ``timeout`` seconds are over; the guest runs on, and may be waited for again.
+        Otherwise raises what ``run()`` raises.
+        """
+        with self._lock:
+            run, result = self._run, self._result
+        if run is None:
+            if result is None:
+                raise VmStateError("the VM is not running: start() it, or use run()")
+            return result
+        if run.debugging:
+            raise VmStateError("a debugger controls this VM: use its wait(), or detach() it first")
+        return self._wait(run, timeout)
+
+    def interrupt(self) -> None:
+        """Ends the guest from another thread, a callback or a signal handler: who waits gets ``VmStateError``.
+
+        Returns at once. Without a running guest it does nothing.
+        """
+        with self._lock:
+            run = self._run
+            if run is not None:
+                run.interrupted = True
+                if run.machine is not None:
+                    run.machine.end()
+
+    def debug(self) -> Debugger:
+        """Starts a machine that stands still before its first instruction, and gives the debugger that controls it.
+
+        Raises what ``start()`` raises.
+        """
+        from uhyve.debugger import Debugger
+
+        run = self._launch(debugging=True)
+        assert run.machine is not None
+        try:
+            return Debugger(self, run.machine)
+        except BaseException:
+            self._release(run)
+            raise
+
+    def close(self) -> None:
+        """Ends the machine, whatever it does, and waits for its threads. Does nothing if there is none."""
+        run = self._run
+        if run is None:
+            return
+        if run.machine is None:
+            self.interrupt()
+        else:
+            self._release(run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        given = {name: self._arguments[name] for name in ("memory", "cpus", "args")}
+        fields = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return f"Vm({', '.join([repr(self._image.name), *fields])})"
+
+    def _launch(self, debugging: bool) -> _Run:
+        run = _Run(debugging)
+        with self._lock:
+            if self._run is not None:
+                raise VmStateError("this Vm runs already: wait for its end or close() it, or make another Vm of the same image")
+            self._run, self._result = run, None
+        try:
+            arguments = {**self._arguments, "debugging": debugging}
+            if self._host_environment:
+                arguments["env"] = _environment(os.environ)
+            if arguments["output"] == "stdout" and sys.stdout is not None:
+                # What Python has printed so far comes before what the guest writes.
+                sys.stdout.flush()
+            machine = Machine(self._image, arguments)
+        except BaseException:
+            with self._lock:
+                self._run = None
+            raise
+        with self._lock:
+            run.machine = machine
+            _running.add(self)
+            if run.interrupted:
+                machine.end()
+        return run
+
+    def _wait(self, run: _Run, timeout: float | None) -> VmResult:
+        machine = run.machine
+        if machine is None:
+            raise VmStateError("the VM is being started by another thread")
+        try:
+            status = machine.wait(timeout)
+        except GuestCrashError as error:
+            self._release(run)
+            error.output = text_of(machine)
+            raise
+        except Exception:
+            if not is_alive(machine):
+                self._release(run)
+            raise
+        if status is None:
+            raise TimeoutExpired(
+                f"the guest did not end within {timeout:g} s", timeout=timeout, output=text_of(machine)
+            )
+        self._release(run)
+        code = status["ended"]
+        if code is None:
+            raise VmStateError("the VM was interrupted" if run.interrupted else "the VM was closed before its guest ended")
+        result = result_of(machine, code)
+        with self._lock:
+            if self._run is None:
+                self._result = result
+        return result
+
+    def _release(self, run: _Run) -> None:
+        """Ends a machine and makes room for the next one."""
+        machine = run.machine
+        if machine is not None:
+            machine.close()
+        with self._lock:
+            if self._run is run:
+                self._run = None
+                _running.discard(self)
+
+    def _release_machine(self, machine: Machine) -> None:
+        run = self._run
+        if run is not None and run.machine is machine:
+            self._release(run)
+        else:
+            machine.close()
+
+    def _detached(self, machine: Machine) -> None:
+        """The debugger of this machine has let go of it."""
+        with self._lock:
+            if self._run is not None and self._run.machine is machine:
+                self._run.debugging = False
+
+
+def is_alive(machine: Machine) -> bool:
+    """Whether the guest of a machine has not ended."""
+    try:
+        status = machine.status()
+    except Exception:
+        # A crash, or a failure of the host.
+        return False
+    return status is None or status.get("reason") not in (None, "exit", "crash")
+
+
+def _image(image: StrPath | bytes | Image) -> Image:
+    if isinstance(image, Image):
+        return image
+    if isinstance(image, bytes | bytearray | memoryview):
+        return Image.from_bytes("image", bytes(image))
+    if isinstance(image, str | os.PathLike):
+        return Image.open(image)
+    raise TypeError(f"an image is a path, bytes or an Image, not {type(image).__name__}")
+
+
+def _number(what: str, value: int, minimum: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an integer, not {value!r}")
+    number = value.__index__()
+    if not minimum <= number < 1 << 63:
+        raise ConfigError(f"{what} is {number}; it must be {minimum} or more")
+    return number
+
+
+def _memory(memory: str | int | None) -> int | None:
+    if memory is None:
+        return None
+    size = parse_size(memory) if isinstance(memory, str) else _number("memory", memory, 0)
+    if size < MINIMUM_MEMORY or size % MEMORY_STEP:
+        raise ConfigError(f"memory is {memory!r} ({size} bytes); at least 16 MiB and a multiple of 2 MiB are needed")
+    return size
+
+
+def _words(what: str, words: Sequence[StrPath] | None) -> list[str] | None:
+    if words is None:
+        return None
+    if isinstance(words, str | bytes):
+        raise TypeError(f"{what} must be a sequence of strings, not one string; shlex.split() makes one")
+    return [_text(f"{what}[{index}]", os.fspath(word)) for index, word in enumerate(words)]
+
+
+def _text(what: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be text, not {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} is not valid UTF-8: {text!r}") from None
+    return text
+
+
+def _environment(env: Mapping[str, str]) -> list[tuple[str, str]]:
+    if isinstance(env, str) or not hasattr(env, "items"):
+        raise TypeError(f'env must be a mapping, or "host" for the environment of the host, not {env!r}')
+    return [(_text("a name in env", name), _text(f"env[{name!r}]", value)) for name, value in env.items()]
+
+
+def _files(files: Mapping[str, FileSource]) -> list[tuple[str, bytes | StrPath]]:
+    sources: list[tuple[str, bytes | StrPath]] = []
+    for guest, host in files.items():
+        if isinstance(host, bytes | bytearray | memoryview):
+            sources.append((_text("a guest path in files", guest), bytes(host)))
+        elif isinstance(host, str | os.PathLike):
+            # A str would be taken for neither by the core's union of bytes and path on every version.
+            sources.append((_text("a guest path in files", guest), os.fspath(host)))
+        else:
+            raise TypeError(f"files[{guest!r}] must be a path of the host or bytes, not {type(host).__name__}")
+    return sources
+
+
+def _output(output: Output) -> object:
+    if output is None:
+        return "none"
+    if isinstance(output, str):
+        if output not in ("capture", "stdout", "none"):
+            raise ConfigError(
+                f'output is {output!r}; it must be "capture", "stdout", "none", a callable, or a pathlib.Path for a file'
+            )
+    elif not callable(output) and not isinstance(output, os.PathLike):
+        hint = ": pass its write method" if hasattr(output, "write") else ""
+        raise TypeError(
+            f'output must be "capture", "stdout", "none", a callable, or a pathlib.Path, not {type(output).__name__}{hint}'
+        )
+    return output
+
+
+def _backend(backend: str) -> str:
+    chosen = os.environ.get("UHYVE_BACKEND", "") if backend == "auto" else ""
+    return _text("backend", chosen or backend)
+
+
+def _choice(what: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _io_mode(mode: str | None) -> tuple[bool, bool]:
+    words = [] if mode is None else mode.removeprefix("host=").split(",")
+    for word in words:
+        if word not in ("direct", "sync"):
+            raise ConfigError(f"io_mode is {mode!r}; it must be 'direct', 'sync' or 'direct,sync'")
+    return "direct" in words, "sync" in words

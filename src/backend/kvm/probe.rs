@@ -1,0 +1,131 @@
+//! What this machine's KVM really does, found out by running six tiny guests. Capability flags alone don't tell: the
+//! same KVM API lies over hardware, over PVM (whose ring 0 is emulated) and over nested machines that lose exceptions.
+
+use std::sync::OnceLock;
+
+use super::KvmBackend;
+use crate::backend::{
+    Access, Backend as _, Capabilities, Exit, GuestDebug, HardwareBreakpoint, Int3, MachineOptions, Vcpu,
+};
+use crate::error::{Error, Result};
+use crate::memory::{Backing, GuestMemory};
+use crate::registers::{
+    CR0_PE, CR0_PG, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, RAX, RSP, Registers, Segment,
+};
+
+const CODE: u64 = 0x8000;
+const DATA: u64 = 0x9000;
+const STACK: u64 = 0x7000;
+const PML4: u64 = 0x1000;
+/// `out 0xe0, al`: the guest got this far.
+const MARKER: [u8; 2] = [0xe6, 0xe0];
+const MARKER_PORT: u16 = 0xe0;
+/// `KVM_CAP_SET_GUEST_DEBUG2`: the KVM_GUESTDBG_* bits that KVM takes.
+const CAP_SET_GUEST_DEBUG2: libc::c_ulong = 195;
+
+/// The capabilities of this machine's KVM; probed once in a process.
+pub fn capabilities() -> Result<Capabilities> {
+    static PROBED: OnceLock<Capabilities> = OnceLock::new();
+    if let Some(known) = PROBED.get() {
+        return Ok(*known);
+    }
+    let found = probe()?;
+    Ok(*PROBED.get_or_init(|| found))
+}
+
+fn probe() -> Result<Capabilities> {
+    let kvm = super::open_kvm()?;
+    let flags = u32::try_from(kvm.check_extension_raw(CAP_SET_GUEST_DEBUG2)).unwrap_or(0);
+    // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
+    let native = Guest::start(&[0x66, 0x0f, 0x51, 0xc0])?.run(&GuestDebug::default())?;
+    let step = Guest::start(&[0x90, 0x90])?.run(&GuestDebug { single_step: true, ..Default::default() })?;
+    let int3 = Guest::start(&[0xcc])?.run(&GuestDebug { software_breakpoints: true, ..Default::default() })?;
+    let mut hardware = 0;
+    for register in 0..4 {
+        let mut debug = GuestDebug::default();
+        debug.hardware[register] = Some(HardwareBreakpoint::execute(CODE + 1));
+        hardware +=
+            u8::from(matches!(Guest::start(&[0x90, 0x90])?.run(&debug)?, Exit::Debug(event) if event.pc == CODE + 1));
+    }
+    let watch = GuestDebug {
+        hardware: [Some(HardwareBreakpoint { address: DATA, access: Access::Write, length: 4 }), None, None, None],
+        ..Default::default()
+    };
+    // mov [DATA], eax
+    let watched = Guest::start(&[0x89, 0x04, 0x25, 0x00, 0x90, 0x00, 0x00])?.run(&watch)?;
+    Ok(Capabilities {
+        native_ring0: reached(native),
+        single_step: matches!(step, Exit::Debug(event) if event.pc == CODE + 1),
+        block_interrupts: flags & kvm_bindings::KVM_GUESTDBG_BLOCKIRQ != 0,
+        int3: match int3 {
+            Exit::Debug(event) if event.software => Int3::DebugExit,
+            Exit::Unemulated => Int3::Unemulated,
+            _ => Int3::NotIntercepted,
+        },
+        hardware_breakpoints: hardware,
+        watchpoints: matches!(watched, Exit::Debug(event) if event.hardware & 1 != 0),
+    })
+}
+
+fn reached(exit: Exit) -> bool {
+    matches!(exit, Exit::IoOut { port: MARKER_PORT, .. })
+}
+
+/// A guest of a few instructions in 64-bit ring 0, without an IDT.
+struct Guest {
+    vcpu: Box<dyn Vcpu>,
+    _backend: KvmBackend,
+}
+
+impl Guest {
+    fn start(code: &[u8]) -> Result<Self> {
+        let memory = GuestMemory::new(0, 0x20_0000, Backing::default())?;
+        let backend = KvmBackend::new(&memory, &MachineOptions { cpus: 1, ..Default::default() })?;
+        let mut vcpu = backend.create_vcpu(0)?;
+        // PML4 → PDPT → PD → one 2 MiB page, present and writable.
+        for (table, entry) in [(PML4, PML4 + 0x1003), (PML4 + 0x1000, PML4 + 0x2003), (PML4 + 0x2000, 0x83)] {
+            memory.write_object(table, entry)?;
+        }
+        let program = [code, &MARKER, &[0xf4]].concat();
+        memory.write(CODE, &program)?;
+        let mut system = vcpu.system_registers()?;
+        let data = Segment { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xc093 };
+        system.cs = Segment { selector: 8, base: 0, limit: u32::MAX, attributes: 0xa09b };
+        (system.ds, system.es, system.fs, system.gs, system.ss) = (data, data, data, data, data);
+        (system.cr0, system.cr3, system.cr4) = (CR0_PE | CR0_PG | 0x30, PML4, CR4_PAE | CR4_OSFXSR);
+        system.efer = EFER_LME | EFER_LMA | EFER_NXE;
+        vcpu.set_system_registers(&system)?;
+        let mut registers = Registers { rip: CODE, rflags: 2, ..Default::default() };
+        registers.general[RSP] = STACK;
+        registers.general[RAX] = 1;
+        vcpu.set_registers(&registers)?;
+        Ok(Self { vcpu, _backend: backend })
+    }
+
+    fn run(&mut self, debug: &GuestDebug) -> Result<Exit> {
+        self.vcpu.set_guest_debug(debug)?;
+        for _ in 0..16 {
+            match self.vcpu.run()? {
+                Exit::Interrupted => {}
+                exit => return Ok(exit),
+            }
+        }
+        Err(Error::HypervisorUnavailable("the probe guest is interrupted without end".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_probe_of_this_machine_finds_single_step_or_says_why_not() {
+        match capabilities() {
+            Ok(found) => assert!(found.single_step, "{found:?}"),
+            Err(Error::HypervisorUnavailable(text)) => {
+                assert!(text.contains("/dev/kvm") || text.contains("KVM"), "{text}")
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+}

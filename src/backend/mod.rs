@@ -1,0 +1,264 @@
+//! What the VMM needs of a CPU: two small traits, [`Backend`] and [`Vcpu`], and the values that cross them. Everything
+//! above speaks these; what a kernel or an emulator calls its own structs stays below.
+
+pub mod kvm;
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::memory::GuestMemory;
+use crate::registers::{FpuState, Registers, SystemRegisters};
+
+/// What the VM asks of its back end before any vCPU exists.
+#[derive(Debug, Clone, Default)]
+pub struct MachineOptions {
+    /// Number of vCPUs that will be made.
+    pub cpus: u32,
+    /// Emulate a programmable interval timer.
+    pub pit: bool,
+    /// Leave HLT, MWAIT and PAUSE to the guest: idle vCPUs then use their host CPU, and wake faster.
+    pub cpu_pm: bool,
+}
+
+/// One virtual machine of a hypervisor: memory, interrupt controllers, and a maker of vCPUs.
+pub trait Backend: Send + Sync {
+    /// `kvm` or `soft`.
+    fn name(&self) -> &'static str;
+    /// Makes vCPU `number`, with CPUID and MSRs set and all registers in their reset state.
+    fn create_vcpu(&self, number: u32) -> Result<Box<dyn Vcpu>>;
+    /// What its debug facilities can do. May run a probe guest, once per process.
+    fn capabilities(&self) -> Result<Capabilities>;
+}
+
+/// A virtual CPU. One thread at a time uses it: its own, or anybody's while the world is stopped.
+pub trait Vcpu: Send {
+    /// Binds the vCPU to the calling thread, so that a kick reaches it. Called once, before the first `run`.
+    fn bind_to_current_thread(&mut self) -> Result<()>;
+    /// Ends the binding; called by the bound thread before it ends.
+    fn unbind(&mut self);
+    /// Executes guest code until something happens that the VMM must see.
+    fn run(&mut self) -> Result<Exit>;
+    /// Finishes the port or memory access that the last exit was about, without executing another instruction, so
+    /// that registers are true. Returns the exit that completing it caused, if any (a single step that is done).
+    fn complete_io(&mut self) -> Result<Option<Exit>>;
+    /// The bytes of the last port or memory access: what the guest wrote, or the place to put what it reads.
+    fn io_data(&mut self) -> &mut [u8];
+    /// General registers.
+    fn registers(&mut self) -> Result<Registers>;
+    /// Sets the general registers.
+    fn set_registers(&mut self, registers: &Registers) -> Result<()>;
+    /// Segment, control and system registers.
+    fn system_registers(&mut self) -> Result<SystemRegisters>;
+    /// Sets segment, control and system registers.
+    fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()>;
+    /// x87 and SSE registers.
+    fn fpu(&mut self) -> Result<FpuState>;
+    /// Sets the x87 and SSE registers.
+    fn set_fpu(&mut self, fpu: &FpuState) -> Result<()>;
+    /// A model-specific register.
+    fn msr(&mut self, index: u32) -> Result<u64>;
+    /// Sets a model-specific register.
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<()>;
+    /// XCR0: which state components XSAVE handles.
+    fn xcr0(&mut self) -> Result<u64>;
+    /// Frequency of the guest's time stamp counter in kHz, if known.
+    fn tsc_khz(&self) -> Option<u32>;
+    /// Chooses how the vCPU is debugged from the next `run` on.
+    fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<()>;
+    /// Delivers an exception to the guest at the next `run`, as if the instruction at RIP had raised it.
+    fn inject(&mut self, exception: Exception) -> Result<()>;
+    /// A handle that makes `run` return from any thread.
+    fn kick_handle(&self) -> Arc<dyn Kick>;
+}
+
+/// Makes a vCPU leave the guest.
+pub trait Kick: Send + Sync {
+    /// The current or the next `run` returns [`Exit::Interrupted`], and a blocking host call of the vCPU's thread
+    /// is interrupted. A kick that comes when the vCPU is outside of the guest is not lost.
+    fn kick(&self);
+}
+
+/// Why a vCPU left the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// OUT. `value` is the first element; string I/O has `count` elements in [`Vcpu::io_data`].
+    IoOut {
+        /// Port.
+        port: u16,
+        /// Bytes an element: 1, 2 or 4.
+        size: u8,
+        /// Elements.
+        count: u32,
+        /// First element, zero-extended.
+        value: u32,
+    },
+    /// IN: fill [`Vcpu::io_data`] with `size * count` bytes before the next `run`.
+    IoIn {
+        /// Port.
+        port: u16,
+        /// Bytes an element: 1, 2 or 4.
+        size: u8,
+        /// Elements.
+        count: u32,
+    },
+    /// Read of an address that is not RAM: fill [`Vcpu::io_data`].
+    MmioRead {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes, up to 8.
+        size: usize,
+    },
+    /// Write to an address that is not RAM; the bytes are in [`Vcpu::io_data`].
+    MmioWrite {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes, up to 8.
+        size: usize,
+    },
+    /// The guest halts and the back end leaves waiting to the VMM.
+    Hlt,
+    /// A debug event: single step, breakpoint or watchpoint.
+    Debug(DebugEvent),
+    /// Triple fault.
+    Shutdown,
+    /// A kick or a signal.
+    Interrupted,
+    /// The instruction at RIP is one that this hypervisor can't execute.
+    Unemulated,
+    /// The hypervisor gave up; the text says how, in its own words.
+    Failed(Failure),
+}
+
+/// A failure that the hypervisor reports of a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The CPU refused the guest's state.
+    Entry {
+        /// The hardware's reason.
+        reason: u64,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR with another suberror than emulation.
+    Internal {
+        /// The suberror.
+        suberror: u32,
+    },
+    /// An exit reason that this VMM does not ask for.
+    UnexpectedExit {
+        /// The number of the exit reason.
+        reason: u32,
+    },
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Entry { reason } => {
+                write!(f, "KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x}: the guest's state is not valid")
+            }
+            Self::Internal { suberror } => write!(f, "KVM_EXIT_INTERNAL_ERROR, suberror {suberror}"),
+            Self::UnexpectedExit { reason } => write!(f, "the unexpected exit reason {reason}"),
+        }
+    }
+}
+
+/// What a debug exit was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DebugEvent {
+    /// `int3` at `pc`, not yet executed.
+    pub software: bool,
+    /// One instruction was executed.
+    pub single_step: bool,
+    /// Debug registers 0–3 that fired, as bits.
+    pub hardware: u8,
+    /// Where the vCPU is.
+    pub pc: u64,
+}
+
+/// How a vCPU is debugged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GuestDebug {
+    /// Leave after one instruction.
+    pub single_step: bool,
+    /// Keep interrupts from being taken while stepping, where the back end can.
+    pub block_interrupts: bool,
+    /// Leave at `int3`.
+    pub software_breakpoints: bool,
+    /// The debug registers.
+    pub hardware: [Option<HardwareBreakpoint>; 4],
+}
+
+/// One debug register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HardwareBreakpoint {
+    /// Linear address; aligned to `length` for data.
+    pub address: u64,
+    /// What fires it.
+    pub access: Access,
+    /// Bytes watched: 1, 2, 4 or 8; 1 for execution.
+    pub length: u8,
+}
+
+/// What fires a debug register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// The instruction at the address is about to execute.
+    Execute,
+    /// A write has happened.
+    Write,
+    /// A read or a write has happened.
+    ReadWrite,
+}
+
+impl HardwareBreakpoint {
+    /// An execution breakpoint.
+    pub fn execute(address: u64) -> Self {
+        Self { address, access: Access::Execute, length: 1 }
+    }
+}
+
+/// An exception to deliver to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exception {
+    /// Vector.
+    pub vector: u8,
+    /// Error code, for the vectors that have one.
+    pub error_code: Option<u32>,
+    /// CR2, for a page fault.
+    pub address: Option<u64>,
+}
+
+/// What happens when a guest under debug executes `int3`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Int3 {
+    /// A debug exit: software breakpoints work.
+    DebugExit,
+    /// The hypervisor fails to emulate it, with RIP at the `int3`: software breakpoints work by that.
+    Unemulated,
+    /// The guest gets it: software breakpoints do not work.
+    NotIntercepted,
+}
+
+/// What a back end can do for a debugger, as probed on this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Ring-0 code runs on the CPU itself, with all its instructions.
+    pub native_ring0: bool,
+    /// Single-step.
+    pub single_step: bool,
+    /// Interrupts can be kept out of a step.
+    pub block_interrupts: bool,
+    /// Fate of `int3`.
+    pub int3: Int3,
+    /// Number of execution breakpoints in debug registers that work.
+    pub hardware_breakpoints: u8,
+    /// Data watchpoints in debug registers fire.
+    pub watchpoints: bool,
+}
+
+/// Opens the back end of that name: `auto`, `kvm`.
+pub fn open(name: &str, memory: &GuestMemory, options: &MachineOptions) -> Result<Arc<dyn Backend>> {
+    match name {
+        "auto" | "kvm" => Ok(Arc::new(kvm::KvmBackend::new(memory, options)?)),
+        other => Err(crate::error::Error::Config(format!("backend {other:?} is unknown; choose \"auto\" or \"kvm\""))),
+    }
+}

@@ -1,0 +1,501 @@
+//! Breakpoints: what the user asked for ([`Breakpoint`]) and how the machine is made to leave the guest there ([`Site`]).
+//! Several breakpoints may share a site. A site exists while one of its breakpoints is enabled, so that a disabled
+//! breakpoint costs the guest nothing.
+
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+
+use super::condition::Program;
+use crate::backend::{Capabilities, GuestDebug, HardwareBreakpoint, Int3};
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+
+/// The opcode of `int3`.
+pub const INT3: u8 = 0xcc;
+
+/// A callback that decides whether a hit stops the world. It runs on the vCPU's thread, with other vCPUs running.
+pub trait Predicate: Send + Sync {
+    /// Whether to stop; or the front end's own error value.
+    fn evaluate(&self, hit: &Hit) -> Result<bool, Arc<dyn Any + Send + Sync>>;
+    /// Itself, for the front end that made it.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// A vCPU at a breakpoint, for the time of a callback.
+#[derive(Clone)]
+pub struct Hit {
+    /// The VM.
+    pub machine: Arc<crate::vm::Machine>,
+    /// The vCPU.
+    pub vcpu: u32,
+    /// Where it is.
+    pub pc: u64,
+    /// The breakpoint.
+    pub breakpoint: Arc<Breakpoint>,
+    /// True until the callback has returned: as long, registers and memory may be used.
+    pub alive: Arc<AtomicBool>,
+}
+
+/// When a breakpoint that is met stops the world; both parts must agree.
+#[derive(Clone, Default)]
+pub struct Condition {
+    /// The source and the program of a compiled condition.
+    pub compiled: Option<(String, Arc<Program>)>,
+    /// A callback.
+    pub predicate: Option<Arc<dyn Predicate>>,
+}
+
+/// How a breakpoint is asked for.
+#[derive(Clone, Default)]
+pub struct BreakpointOptions {
+    /// What the user called the place.
+    pub location: String,
+    /// A name for messages.
+    pub name: Option<String>,
+    /// Hits to let pass before the conditions are asked.
+    pub ignore: u64,
+    /// Delete it when it has stopped the world once.
+    pub temporary: bool,
+    /// Only this vCPU.
+    pub vcpu: Option<u32>,
+    /// Starts disabled.
+    pub disabled: bool,
+    /// Use a debug register (it holds when the guest overwrites the code), instead of the cheapest way.
+    pub hardware: bool,
+}
+
+/// A breakpoint as the user sees it.
+pub struct Breakpoint {
+    /// Number, from 1.
+    pub id: u32,
+    /// Guest-virtual address.
+    pub address: u64,
+    /// How it was asked for.
+    pub options: BreakpointOptions,
+    enabled: AtomicBool,
+    deleted: AtomicBool,
+    ignore: AtomicU64,
+    reached: AtomicU64,
+    hits: AtomicU64,
+    condition: RwLock<Condition>,
+}
+
+impl Breakpoint {
+    /// Whether it is looked at.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::SeqCst)
+    }
+
+    /// Whether it was deleted.
+    pub fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::SeqCst)
+    }
+
+    /// How many vCPU arrivals were counted.
+    pub fn reached(&self) -> u64 {
+        self.reached.load(Ordering::SeqCst)
+    }
+
+    /// How many arrivals its conditions let through.
+    pub fn hits(&self) -> u64 {
+        self.hits.load(Ordering::SeqCst)
+    }
+
+    /// Arrivals still to be let pass.
+    pub fn ignore(&self) -> u64 {
+        self.ignore.load(Ordering::SeqCst)
+    }
+
+    /// Sets how many arrivals to let pass from now on.
+    pub fn set_ignore(&self, count: u64) {
+        self.ignore.store(count, Ordering::SeqCst);
+    }
+
+    /// Its condition.
+    pub fn condition(&self) -> Condition {
+        self.condition.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Replaces its condition; the next hit is judged by it.
+    pub fn set_condition(&self, condition: Condition) {
+        *self.condition.write().unwrap_or_else(|e| e.into_inner()) = condition;
+    }
+
+    /// Counts an arrival of `vcpu`. False: filtered out, or ignored.
+    pub(crate) fn arrive(&self, vcpu: u32) -> bool {
+        if !self.is_enabled() || self.options.vcpu.is_some_and(|only| only != vcpu) {
+            return false;
+        }
+        self.reached.fetch_add(1, Ordering::SeqCst);
+        self.ignore.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_err()
+    }
+
+    pub(crate) fn count_hit(&self) {
+        self.hits.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// How the machine leaves the guest at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SiteKind {
+    /// `int3` in place of the byte at this guest-physical address.
+    Planted(u64),
+    /// A debug register.
+    DebugRegister(u8),
+    /// Every instruction is stepped, and the program counter compared.
+    Stepped,
+}
+
+struct Site {
+    kind: SiteKind,
+    breakpoints: Vec<Arc<Breakpoint>>,
+}
+
+/// A byte that is not what the guest put there.
+#[derive(Clone, Copy)]
+struct Planted {
+    original: u8,
+    users: u32,
+}
+
+/// All breakpoints of a VM. Changed only inside the exclusive section; read by every hit.
+#[derive(Default)]
+pub struct Table {
+    all: BTreeMap<u32, Arc<Breakpoint>>,
+    sites: HashMap<u64, Site>,
+    planted: BTreeMap<u64, Planted>,
+    next: u32,
+    generation: u64,
+}
+
+impl Table {
+    /// All breakpoints, by number.
+    pub fn breakpoints(&self) -> Vec<Arc<Breakpoint>> {
+        self.all.values().cloned().collect()
+    }
+
+    /// Rises with each change of the sites.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The breakpoints at an address and how they are made; `None` without a site.
+    pub fn at(&self, address: u64) -> Option<(SiteKind, Vec<Arc<Breakpoint>>)> {
+        self.sites.get(&address).map(|s| (s.kind, s.breakpoints.clone()))
+    }
+
+    /// How the site at an address is made.
+    pub fn kind_at(&self, address: u64) -> Option<SiteKind> {
+        self.sites.get(&address).map(|s| s.kind)
+    }
+
+    /// How a vCPU that runs freely is debugged.
+    pub fn guest_debug(&self, capabilities: &Capabilities) -> GuestDebug {
+        let mut debug = GuestDebug::default();
+        for (address, site) in &self.sites {
+            match site.kind {
+                SiteKind::Planted(_) => debug.software_breakpoints = true,
+                SiteKind::DebugRegister(i) => {
+                    debug.hardware[usize::from(i)] = Some(HardwareBreakpoint::execute(*address))
+                }
+                SiteKind::Stepped => {
+                    debug.single_step = true;
+                    debug.block_interrupts = false;
+                }
+            }
+        }
+        debug.software_breakpoints &= capabilities.int3 == Int3::DebugExit;
+        debug
+    }
+
+    /// Adds a breakpoint, without its site: [`Table::sync`] follows.
+    pub fn add(&mut self, address: u64, options: BreakpointOptions, condition: Condition) -> Arc<Breakpoint> {
+        self.next += 1;
+        let breakpoint = Arc::new(Breakpoint {
+            id: self.next,
+            address,
+            enabled: AtomicBool::new(!options.disabled),
+            deleted: AtomicBool::new(false),
+            ignore: AtomicU64::new(options.ignore),
+            reached: AtomicU64::new(0),
+            hits: AtomicU64::new(0),
+            condition: RwLock::new(condition),
+            options,
+        });
+        self.all.insert(self.next, breakpoint.clone());
+        breakpoint
+    }
+
+    /// Enables or disables a breakpoint; [`Table::sync`] follows.
+    pub fn set_enabled(&mut self, breakpoint: &Breakpoint, enabled: bool) {
+        breakpoint.enabled.store(enabled, Ordering::SeqCst);
+    }
+
+    /// Deletes a breakpoint; [`Table::sync`] follows.
+    pub fn remove(&mut self, breakpoint: &Breakpoint) {
+        breakpoint.enabled.store(false, Ordering::SeqCst);
+        breakpoint.deleted.store(true, Ordering::SeqCst);
+        self.all.remove(&breakpoint.id);
+    }
+
+    /// Makes the sites agree with the enabled breakpoints. `translate` gives the physical address of a virtual one.
+    pub fn sync(
+        &mut self,
+        memory: &GuestMemory,
+        capabilities: &Capabilities,
+        translate: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> Result<()> {
+        let mut wanted: BTreeMap<u64, Vec<Arc<Breakpoint>>> = BTreeMap::new();
+        for breakpoint in self.all.values().filter(|b| b.is_enabled()) {
+            wanted.entry(breakpoint.address).or_default().push(breakpoint.clone());
+        }
+        let gone: Vec<u64> = self.sites.keys().filter(|a| !wanted.contains_key(a)).copied().collect();
+        for address in gone {
+            if let Some(Site { kind: SiteKind::Planted(physical), .. }) = self.sites.remove(&address) {
+                self.unplant(memory, physical);
+            }
+        }
+        self.generation += 1;
+        for (address, breakpoints) in wanted {
+            let kind = match self.sites.get(&address) {
+                Some(site) => site.kind,
+                None => self.choose(memory, capabilities, address, &breakpoints, translate)?,
+            };
+            self.sites.insert(address, Site { kind, breakpoints });
+        }
+        Ok(())
+    }
+
+    fn choose(
+        &mut self,
+        memory: &GuestMemory,
+        capabilities: &Capabilities,
+        address: u64,
+        breakpoints: &[Arc<Breakpoint>],
+        translate: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> Result<SiteKind> {
+        let hardware = breakpoints.iter().any(|b| b.options.hardware);
+        if capabilities.int3 != Int3::NotIntercepted && !hardware {
+            let physical = translate(address).ok_or_else(|| {
+                Error::Breakpoint(format!(
+                    "address {address:#x} is not mapped in the guest now; set the breakpoint later, or with hardware=True"
+                ))
+            })?;
+            self.plant(memory, physical)?;
+            return Ok(SiteKind::Planted(physical));
+        }
+        let used: Vec<u8> = self
+            .sites
+            .values()
+            .filter_map(|s| if let SiteKind::DebugRegister(i) = s.kind { Some(i) } else { None })
+            .collect();
+        if let Some(free) = (0..capabilities.hardware_breakpoints).find(|i| !used.contains(i)) {
+            return Ok(SiteKind::DebugRegister(free));
+        }
+        if !capabilities.single_step {
+            return Err(Error::Breakpoint(format!(
+                "all {} debug registers are in use, and this hypervisor has neither software breakpoints nor single-step",
+                capabilities.hardware_breakpoints
+            )));
+        }
+        log::warn!(
+            "breakpoint at {address:#x}: all {} debug registers are in use, so the guest is single-stepped; this is slow",
+            capabilities.hardware_breakpoints
+        );
+        Ok(SiteKind::Stepped)
+    }
+
+    fn plant(&mut self, memory: &GuestMemory, physical: u64) -> Result<()> {
+        if let Some(planted) = self.planted.get_mut(&physical) {
+            planted.users += 1;
+            return Ok(());
+        }
+        let mut byte = [0];
+        memory
+            .read(physical, &mut byte)
+            .map_err(|e| Error::Breakpoint(format!("no breakpoint outside of RAM: {e}")))?;
+        memory.write(physical, &[INT3])?;
+        self.planted.insert(physical, Planted { original: byte[0], users: 1 });
+        Ok(())
+    }
+
+    fn unplant(&mut self, memory: &GuestMemory, physical: u64) {
+        let Some(planted) = self.planted.get_mut(&physical) else { return };
+        planted.users -= 1;
+        if planted.users == 0 {
+            let original = planted.original;
+            self.planted.remove(&physical);
+            self.restore(memory, physical, original);
+        }
+    }
+
+    /// Puts a byte back, unless the guest has written there since.
+    fn restore(&self, memory: &GuestMemory, physical: u64, original: u8) {
+        let mut byte = [0];
+        if memory.read(physical, &mut byte).is_ok() && byte[0] == INT3 {
+            memory.write(physical, &[original]).expect("the address was just read");
+        }
+    }
+
+    /// Adopts what the guest wrote over planted bytes, and plants them again.
+    pub fn replant(&mut self, memory: &GuestMemory) {
+        for (physical, planted) in &mut self.planted {
+            let mut byte = [0];
+            if memory.read(*physical, &mut byte).is_ok() && byte[0] != INT3 {
+                planted.original = byte[0];
+                memory.write(*physical, &[INT3]).expect("the address was just read");
+            }
+        }
+    }
+
+    /// Takes the planted byte away for a while; inside the exclusive section only.
+    pub fn lift(&self, memory: &GuestMemory, physical: u64) {
+        if let Some(planted) = self.planted.get(&physical) {
+            self.restore(memory, physical, planted.original);
+        }
+    }
+
+    /// Whether any byte is planted.
+    pub fn has_planted(&self) -> bool {
+        !self.planted.is_empty()
+    }
+
+    /// Replaces planted bytes in what was read from guest-physical `address` by the guest's own.
+    pub fn hide(&self, address: u64, data: &mut [u8]) {
+        let end = address.saturating_add(data.len() as u64);
+        for (physical, planted) in self.planted.range(address..end) {
+            let offset = usize::try_from(physical - address).expect("lies within the data");
+            if data[offset] == INT3 {
+                data[offset] = planted.original;
+            }
+        }
+    }
+
+    /// Writes to guest-physical memory as a debugger does: beneath planted bytes.
+    pub fn write_beneath(
+        &mut self,
+        memory: &GuestMemory,
+        address: u64,
+        data: &[u8],
+    ) -> Result<(), crate::error::GuestFault> {
+        let end = address.saturating_add(data.len() as u64);
+        let mut data = data.to_vec();
+        if memory.contains(address, data.len() as u64) {
+            for (physical, planted) in self.planted.range_mut(address..end) {
+                let offset = usize::try_from(physical - address).expect("lies within the data");
+                planted.original = std::mem::replace(&mut data[offset], INT3);
+            }
+        }
+        memory.write(address, &data)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Backing;
+
+    const KVM: Capabilities = Capabilities {
+        native_ring0: true,
+        single_step: true,
+        block_interrupts: true,
+        int3: Int3::DebugExit,
+        hardware_breakpoints: 4,
+        watchpoints: true,
+    };
+
+    fn setup() -> (GuestMemory, Table) {
+        let memory = GuestMemory::new(0, 0x10000, Backing::default()).unwrap();
+        memory.write(0x1000, &[0x55, 0x48, 0x89, 0xe5]).unwrap();
+        (memory, Table::default())
+    }
+
+    fn add(table: &mut Table, memory: &GuestMemory, address: u64, capabilities: &Capabilities) -> Arc<Breakpoint> {
+        let b = table.add(address, BreakpointOptions::default(), Condition::default());
+        table.sync(memory, capabilities, &mut |va| Some(va & 0xffff)).unwrap();
+        b
+    }
+
+    fn byte(memory: &GuestMemory, address: u64) -> u8 {
+        memory.read_object(address).unwrap()
+    }
+
+    #[test]
+    fn test_two_addresses_of_one_physical_byte_share_the_plant() {
+        let (memory, mut table) = setup();
+        let a = add(&mut table, &memory, 0x1000, &KVM);
+        let b = add(&mut table, &memory, 0x7_1000, &KVM);
+        assert_eq!(byte(&memory, 0x1000), INT3);
+        table.remove(&a);
+        table.sync(&memory, &KVM, &mut |va| Some(va & 0xffff)).unwrap();
+        assert_eq!(byte(&memory, 0x1000), INT3, "the other one still needs it");
+        table.remove(&b);
+        table.sync(&memory, &KVM, &mut |_| None).unwrap();
+        assert_eq!(byte(&memory, 0x1000), 0x55);
+    }
+
+    #[test]
+    fn test_debugger_never_sees_a_planted_byte_and_writes_go_beneath() {
+        let (memory, mut table) = setup();
+        let b = add(&mut table, &memory, 0x1001, &KVM);
+        let mut seen = [0; 4];
+        memory.read(0x1000, &mut seen).unwrap();
+        assert_eq!(seen[1], INT3);
+        table.hide(0x1000, &mut seen);
+        assert_eq!(seen, [0x55, 0x48, 0x89, 0xe5]);
+        table.write_beneath(&memory, 0x1000, &[1, 2, 3]).unwrap();
+        assert_eq!(byte(&memory, 0x1001), INT3);
+        table.remove(&b);
+        table.sync(&memory, &KVM, &mut |_| None).unwrap();
+        memory.read(0x1000, &mut seen).unwrap();
+        assert_eq!(seen, [1, 2, 3, 0xe5]);
+    }
+
+    #[test]
+    fn test_code_that_the_guest_patched_is_planted_again_and_restored_as_patched() {
+        let (memory, mut table) = setup();
+        let b = add(&mut table, &memory, 0x1000, &KVM);
+        memory.write(0x1000, &[0x90]).unwrap();
+        table.replant(&memory);
+        assert_eq!(byte(&memory, 0x1000), INT3);
+        table.remove(&b);
+        table.sync(&memory, &KVM, &mut |_| None).unwrap();
+        assert_eq!(byte(&memory, 0x1000), 0x90);
+    }
+
+    #[test]
+    fn test_fifth_breakpoint_without_int3_is_stepped() {
+        let (memory, mut table) = setup();
+        let no_int3 = Capabilities { int3: Int3::NotIntercepted, ..KVM };
+        for i in 0..5 {
+            add(&mut table, &memory, 0x1000 + i, &no_int3);
+        }
+        let debug = table.guest_debug(&no_int3);
+        assert!(debug.hardware.iter().all(Option::is_some) && debug.single_step && !debug.software_breakpoints);
+        assert_eq!(byte(&memory, 0x1000), 0x55);
+    }
+
+    #[test]
+    fn test_unmapped_address_is_refused_and_a_disabled_breakpoint_has_no_site() {
+        let (memory, mut table) = setup();
+        let b = table.add(0x5000, BreakpointOptions::default(), Condition::default());
+        let error = table.sync(&memory, &KVM, &mut |_| None).unwrap_err();
+        assert!(error.to_string().contains("not mapped"), "{error}");
+        table.set_enabled(&b, false);
+        table.sync(&memory, &KVM, &mut |_| None).unwrap();
+        assert!(table.at(0x5000).is_none());
+    }
+
+    #[test]
+    fn test_arrivals_are_filtered_then_ignored_then_let_through() {
+        let mut table = Table::default();
+        let options = BreakpointOptions { ignore: 2, vcpu: Some(1), ..Default::default() };
+        let b = table.add(0, options, Condition::default());
+        assert!(!b.arrive(0));
+        assert_eq!(b.reached(), 0);
+        assert!(!b.arrive(1) && !b.arrive(1) && b.arrive(1));
+        assert_eq!((b.reached(), b.ignore()), (3, 0));
+    }
+}

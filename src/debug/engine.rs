@@ -1,0 +1,479 @@
+//! Stopping the world and starting it again. One lock and one condition variable hold the protocol; vCPU threads come
+//! to [`Engine::safe_point`] when they are asked to, and leave it when they may run. A stop is reported only when
+//! every vCPU stands there, so that all registers can be read at once, without waiting.
+//!
+//! Besides a stop there is the *exclusive section*: one vCPU thread, or a front end, does something that no other vCPU
+//! may run beside (lifting a planted byte, say). The others are held at their safe points; nobody is told.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::time::TimeSpec;
+
+use super::stop::{Event, Stop, StopReason};
+use crate::backend::Kick;
+use crate::error::{Crash, Error, Result};
+
+/// A kick reaches a vCPU in microseconds; one that met its thread in the instant before a blocking system call is sent again after this.
+const KICK_AGAIN: Duration = Duration::from_millis(10);
+
+/// What a vCPU does after the next resume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// Run on.
+    Run,
+    /// One instruction, then an event.
+    Step,
+    /// Stay where it is.
+    Hold,
+}
+
+/// What a vCPU thread is to do when it leaves its safe point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Run by this plan.
+    Run(Plan),
+    /// The VM is over: return from the thread.
+    End,
+}
+
+/// How the VM ended.
+#[derive(Debug)]
+pub enum End {
+    /// The guest ended itself with this code.
+    Exit(i32),
+    /// The guest crashed.
+    Crash(Arc<Crash>),
+    /// The host failed.
+    Failed(Error),
+    /// The user of the VM ended it.
+    Killed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Stopping,
+    Stopped,
+    Ended,
+}
+
+#[derive(Clone, Copy)]
+struct Seat {
+    parked: bool,
+    plan: Plan,
+}
+
+/// Who holds the exclusive section: a vCPU's thread, or a front end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// The thread of this vCPU.
+    Vcpu(u32),
+    /// A thread that is no vCPU's.
+    FrontEnd,
+}
+
+struct State {
+    phase: Phase,
+    seats: Vec<Seat>,
+    exclusive: Option<Owner>,
+    /// Found and not yet reported.
+    queue: VecDeque<Event>,
+    /// A front end asked for a stop, for this reason.
+    interrupt: Option<StopReason>,
+    stop: Option<Stop>,
+    end: Option<Arc<End>>,
+    waiters: Vec<Arc<EventFd>>,
+}
+
+struct Slot {
+    request: AtomicBool,
+    kick: Mutex<Option<Arc<dyn Kick>>>,
+}
+
+/// The engine of one VM.
+pub struct Engine {
+    state: Mutex<State>,
+    changed: Condvar,
+    slots: Vec<Slot>,
+    debugging: AtomicBool,
+}
+
+/// The state that a front end finds when it asks.
+#[derive(Clone)]
+pub enum Status {
+    /// At least one vCPU may execute guest code.
+    Running,
+    /// All vCPUs stand still.
+    Stopped(Stop),
+    /// The VM is over.
+    Ended(Arc<End>),
+}
+
+impl Engine {
+    /// An engine for `cpus` vCPUs. With `debugging` it begins with a stop at the entry, and the guest's end is a stop too;
+    /// otherwise the vCPUs run at once, and the guest's end is the VM's.
+    pub fn new(cpus: u32, debugging: bool) -> Self {
+        let seat = Seat { parked: false, plan: Plan::Run };
+        Self {
+            state: Mutex::new(State {
+                phase: if debugging { Phase::Stopping } else { Phase::Running },
+                seats: vec![seat; cpus as usize],
+                exclusive: None,
+                queue: VecDeque::new(),
+                interrupt: debugging.then_some(StopReason::Entry),
+                stop: None,
+                end: None,
+                waiters: Vec::new(),
+            }),
+            changed: Condvar::new(),
+            slots: (0..cpus).map(|_| Slot { request: AtomicBool::new(false), kick: Mutex::new(None) }).collect(),
+            debugging: AtomicBool::new(debugging),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the guest's end is a stop.
+    pub fn is_debugging(&self) -> bool {
+        self.debugging.load(Ordering::SeqCst)
+    }
+
+    /// Ends debugging: what was found and not reported is dropped, all vCPUs run, and the guest's end is the VM's.
+    pub fn detach(&self) -> Result<()> {
+        self.debugging.store(false, Ordering::SeqCst);
+        let mut state = self.lock();
+        let events: Vec<_> = state.queue.drain(..).collect();
+        let last = events.into_iter().map(|event| event.reason).chain(state.stop.iter().map(|s| s.reason.clone()));
+        let end = last.into_iter().find_map(|reason| match reason {
+            StopReason::Exit { code } => Some(End::Exit(code)),
+            StopReason::Crash(crash) => Some(End::Crash(crash)),
+            _ => None,
+        });
+        if state.phase == Phase::Ended {
+            return Ok(());
+        }
+        if let Some(end) = end {
+            drop(state);
+            self.end(end);
+            return Ok(());
+        }
+        for seat in &mut state.seats {
+            seat.plan = Plan::Run;
+        }
+        state.interrupt = None;
+        state.phase = Phase::Running;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Names the kick handle of a vCPU; its thread does so before its first safe point, and takes it back at its end.
+    pub fn set_kick(&self, vcpu: u32, kick: Option<Arc<dyn Kick>>) {
+        *self.slots[vcpu as usize].kick.lock().unwrap_or_else(|e| e.into_inner()) = kick;
+    }
+
+    /// Whether the vCPU's thread is asked to come to its safe point. Cheap; looked at before each entry.
+    #[inline]
+    pub fn is_requested(&self, vcpu: u32) -> bool {
+        self.slots[vcpu as usize].request.load(Ordering::SeqCst)
+    }
+
+    fn kick(&self, vcpu: usize) {
+        let slot = &self.slots[vcpu];
+        slot.request.store(true, Ordering::SeqCst);
+        let kick = slot.kick.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        if let Some(kick) = kick {
+            kick.kick();
+        }
+    }
+
+    fn kick_running(&self, state: &State, but: Option<u32>) {
+        for (n, seat) in state.seats.iter().enumerate() {
+            if !seat.parked && but.map(|b| b as usize) != Some(n) {
+                self.kick(n);
+            }
+        }
+    }
+
+    fn notify(&self, state: &State) {
+        self.changed.notify_all();
+        for waiter in &state.waiters {
+            // The counter can't overflow: each waiter lives for one wait.
+            let _ = waiter.write(1);
+        }
+    }
+
+    /// Reports the stop if every vCPU stands still.
+    fn settle(&self, state: &mut State) {
+        if state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked) {
+            self.report(state);
+        }
+        self.changed.notify_all();
+    }
+
+    fn report(&self, state: &mut State) {
+        let interrupt = state.interrupt.take();
+        let last = state.stop.as_ref();
+        let number = last.map_or(0, |s| s.number) + 1;
+        let stop = match state.queue.pop_front() {
+            Some(Event { vcpu, pc, reason }) => Stop { reason, vcpu, pc, number },
+            None => Stop {
+                reason: interrupt.unwrap_or(StopReason::Interrupt),
+                vcpu: last.map_or(0, |s| s.vcpu),
+                pc: 0,
+                number,
+            },
+        };
+        state.stop = Some(stop);
+        state.phase = Phase::Stopped;
+        self.notify(state);
+    }
+
+    /// A vCPU thread stands here while it may not run. Its vCPU is not locked meanwhile.
+    pub fn safe_point(&self, vcpu: u32) -> Command {
+        let n = vcpu as usize;
+        let mut state = self.lock();
+        state.seats[n].parked = true;
+        self.settle(&mut state);
+        loop {
+            match state.phase {
+                Phase::Ended => return Command::End,
+                Phase::Running if state.exclusive.is_none() && state.seats[n].plan != Plan::Hold => break,
+                _ => state = self.wait(state),
+            }
+        }
+        state.seats[n].parked = false;
+        self.slots[n].request.store(false, Ordering::SeqCst);
+        Command::Run(state.seats[n].plan)
+    }
+
+    /// A vCPU found something that stops the world. Its thread goes to its safe point next.
+    pub fn stop(&self, event: Event) {
+        let mut state = self.lock();
+        if state.phase == Phase::Ended {
+            return;
+        }
+        let vcpu = event.vcpu;
+        state.queue.push_back(event);
+        if state.phase == Phase::Running {
+            state.phase = Phase::Stopping;
+            self.kick_running(&state, Some(vcpu));
+        }
+        self.slots[vcpu as usize].request.store(true, Ordering::SeqCst);
+    }
+
+    /// The VM is over. The first end counts. All vCPU threads return as soon as they can.
+    pub fn end(&self, end: End) {
+        let mut state = self.lock();
+        if state.phase != Phase::Ended {
+            state.phase = Phase::Ended;
+            state.end = Some(Arc::new(end));
+        }
+        self.kick_running(&state, None);
+        self.notify(&state);
+    }
+
+    /// Asks for a stop. False if the world stands still or the VM is over.
+    pub fn interrupt(&self, reason: StopReason) -> bool {
+        let mut state = self.lock();
+        match state.phase {
+            Phase::Running => {
+                state.phase = Phase::Stopping;
+                state.interrupt = Some(reason);
+                self.kick_running(&state, None);
+                self.settle(&mut state);
+                true
+            }
+            Phase::Stopping => true,
+            Phase::Stopped | Phase::Ended => false,
+        }
+    }
+
+    /// Runs `check` on each event that is found and not reported, oldest first, with the world stopped. The first that
+    /// still holds becomes the current stop; those before it are dropped.
+    pub fn report_pending(&self, mut check: impl FnMut(&Event) -> bool) -> Result<Option<Stop>> {
+        loop {
+            let event = {
+                let mut state = self.lock();
+                self.require_stopped(&state)?;
+                match state.queue.pop_front() {
+                    Some(event) => event,
+                    None => return Ok(None),
+                }
+            };
+            if check(&event) {
+                let mut state = self.lock();
+                state.queue.push_front(event);
+                self.report(&mut state);
+                return Ok(state.stop.clone());
+            }
+        }
+    }
+
+    /// Starts the world; vCPU n does what `plan(n)` says.
+    pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        let mut state = self.lock();
+        self.require_stopped(&state)?;
+        if let Some(stop) = state.stop.as_ref().filter(|s| s.reason.is_final()) {
+            let text = match &stop.reason {
+                StopReason::Exit { code } => {
+                    format!("the guest has exited with code {code}; make a new VM to run it again")
+                }
+                _ => "the guest has crashed and can't be resumed; look at its registers and memory, then make a new VM"
+                    .to_owned(),
+            };
+            return Err(Error::VmState(text));
+        }
+        for (n, seat) in (0..).zip(&mut state.seats) {
+            seat.plan = plan(n);
+        }
+        state.phase = Phase::Running;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn require_stopped(&self, state: &State) -> Result<()> {
+        match state.phase {
+            Phase::Stopped => Ok(()),
+            Phase::Ended => Err(Error::VmState("the VM is closed".into())),
+            Phase::Running | Phase::Stopping => {
+                Err(Error::VmState("the guest is running; stop it first (interrupt(), or wait for a stop)".into()))
+            }
+        }
+    }
+
+    /// Fails unless the world stands still.
+    pub fn check_stopped(&self) -> Result<Stop> {
+        let state = self.lock();
+        self.require_stopped(&state)?;
+        Ok(state.stop.clone().expect("the world stopped at least once"))
+    }
+
+    /// Where a front end finds the VM now.
+    pub fn status(&self) -> Status {
+        let state = self.lock();
+        match state.phase {
+            Phase::Running | Phase::Stopping => Status::Running,
+            Phase::Stopped => Status::Stopped(state.stop.clone().expect("the world stopped at least once")),
+            Phase::Ended => Status::Ended(state.end.clone().expect("an end is set with the phase")),
+        }
+    }
+
+    /// Enters the exclusive section: no vCPU but the owner's runs until the guard is dropped. `None` if the VM is over.
+    /// The calling thread holds no vCPU locked.
+    pub fn exclusive(&self, owner: Owner) -> Option<Exclusive<'_>> {
+        let mut state = self.lock();
+        while state.phase != Phase::Ended && state.exclusive.is_some() {
+            // Another one is inside, and may wait for this vCPU.
+            self.seat(&mut state, owner, true);
+            state = self.wait(state);
+        }
+        self.seat(&mut state, owner, false);
+        if state.phase == Phase::Ended {
+            return None;
+        }
+        state.exclusive = Some(owner);
+        let own = if let Owner::Vcpu(n) = owner { Some(n) } else { None };
+        self.kick_running(&state, own);
+        while state.phase != Phase::Ended && (0..).zip(&state.seats).any(|(n, s)| !s.parked && Some(n) != own) {
+            let (next, timeout) = self.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(|e| e.into_inner());
+            state = next;
+            if timeout.timed_out() {
+                self.kick_running(&state, own);
+            }
+        }
+        Some(Exclusive { engine: self, stopped: state.phase == Phase::Stopped })
+    }
+
+    fn seat(&self, state: &mut State, owner: Owner, parked: bool) {
+        if let Owner::Vcpu(n) = owner
+            && state.seats[n as usize].parked != parked
+        {
+            state.seats[n as usize].parked = parked;
+            self.settle(state);
+        }
+    }
+
+    /// Waits until the world stands still or the VM is over. `check` is called whenever a signal arrives (and its error
+    /// returned); `tick` whenever it returned how long to sleep at most. `Ok(None)`: the deadline passed.
+    pub fn wait_for_stop<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        check: &mut dyn FnMut() -> Result<(), E>,
+        tick: &mut dyn FnMut() -> Option<Duration>,
+        waiter: &Arc<EventFd>,
+    ) -> Result<Option<Status>, E> {
+        self.lock().waiters.push(waiter.clone());
+        let result = self.poll(deadline, check, tick, waiter);
+        self.lock().waiters.retain(|w| !Arc::ptr_eq(w, waiter));
+        result
+    }
+
+    fn poll<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        check: &mut dyn FnMut() -> Result<(), E>,
+        tick: &mut dyn FnMut() -> Option<Duration>,
+        waiter: &EventFd,
+    ) -> Result<Option<Status>, E> {
+        loop {
+            let status = self.status();
+            if !matches!(status, Status::Running) {
+                return Ok(Some(status));
+            }
+            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Ok(None);
+            }
+            let stopping = self.lock().phase == Phase::Stopping;
+            let sleep = [left, tick(), stopping.then_some(KICK_AGAIN)].into_iter().flatten().min();
+            let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(waiter), PollFlags::POLLIN)];
+            match ppoll(&mut fds, sleep.map(TimeSpec::from), None) {
+                Ok(0) => self.kick_late(),
+                Ok(_) => drop(waiter.read()),
+                Err(nix::errno::Errno::EINTR) => check()?,
+                Err(e) => return Err(Error::Host { what: "can't wait for the VM".into(), source: e.into() }.into()),
+            }
+        }
+    }
+
+    /// Kicks again whoever has not come to its safe point though it was asked to.
+    pub fn kick_late(&self) {
+        let state = self.lock();
+        if matches!(state.phase, Phase::Stopping | Phase::Ended) {
+            self.kick_running(&state, None);
+        }
+    }
+}
+
+/// A descriptor that wakes one waiter.
+pub fn waiter() -> Result<Arc<EventFd>> {
+    EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map(Arc::new)
+        .map_err(|e| Error::Host { what: "can't make an eventfd".into(), source: e.into() })
+}
+
+/// The exclusive section, left on drop.
+pub struct Exclusive<'a> {
+    engine: &'a Engine,
+    /// The world was stopped meanwhile: the owner may look and change, but not execute.
+    pub stopped: bool,
+}
+
+impl Drop for Exclusive<'_> {
+    fn drop(&mut self) {
+        let mut state = self.engine.lock();
+        state.exclusive = None;
+        self.engine.settle(&mut state);
+    }
+}

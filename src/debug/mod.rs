@@ -1,0 +1,10 @@
+//! The debugger: one engine that stops the world, and what decides when. Front ends (Python, later the GDB server) use
+//! it at the same time.
+
+pub mod breakpoints;
+pub mod condition;
+pub mod engine;
+pub(crate) mod stepping;
+pub mod stop;
+pub mod symbols;
+pub mod view;

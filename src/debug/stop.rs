@@ -1,0 +1,86 @@
+//! What stops the world, and what a front end is told about it.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use super::breakpoints::Breakpoint;
+use crate::error::Crash;
+
+/// Why the world stands still.
+#[derive(Clone)]
+pub enum StopReason {
+    /// Before the first instruction.
+    Entry,
+    /// A breakpoint's decision chain said so. `error` tells of a condition that could not be evaluated.
+    Breakpoint {
+        /// The breakpoint.
+        breakpoint: Arc<Breakpoint>,
+        /// Why its condition has no value, if that is why it stopped.
+        error: Option<String>,
+    },
+    /// A step is done.
+    Step,
+    /// Somebody asked for it.
+    Interrupt,
+    /// The time that `cont` was given is over.
+    Timeout,
+    /// The guest ended itself.
+    Exit {
+        /// Its exit code.
+        code: i32,
+    },
+    /// The guest can't go on.
+    Crash(Arc<Crash>),
+    /// A callback failed; the front end that owns it raises its error.
+    Exception {
+        /// The breakpoint whose callback it was.
+        breakpoint: Arc<Breakpoint>,
+        /// The front end's own error value.
+        error: Arc<dyn Any + Send + Sync>,
+    },
+}
+
+impl StopReason {
+    /// The name that scripts see.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Entry => "entry",
+            Self::Breakpoint { .. } => "breakpoint",
+            Self::Step => "step",
+            Self::Interrupt => "interrupt",
+            Self::Timeout => "timeout",
+            Self::Exit { .. } => "exit",
+            Self::Crash(_) => "crash",
+            Self::Exception { .. } => "exception",
+        }
+    }
+
+    /// After this the guest can't be resumed.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Exit { .. } | Self::Crash(_))
+    }
+}
+
+/// One stop of the world.
+#[derive(Clone)]
+pub struct Stop {
+    /// Why.
+    pub reason: StopReason,
+    /// The vCPU that it is about.
+    pub vcpu: u32,
+    /// Where that vCPU is.
+    pub pc: u64,
+    /// Counts the stops of a VM, from 1.
+    pub number: u64,
+}
+
+/// What a vCPU found, before it is reported.
+#[derive(Clone)]
+pub struct Event {
+    /// The vCPU.
+    pub vcpu: u32,
+    /// Where it is.
+    pub pc: u64,
+    /// What it found.
+    pub reason: StopReason,
+}

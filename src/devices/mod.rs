@@ -1,0 +1,4 @@
+//! What the guest sees besides RAM and CPUs.
+
+pub mod pci;
+pub mod serial;

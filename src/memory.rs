@@ -1,0 +1,210 @@
+//! Guest RAM. This is the only place that holds a host pointer into it; everyone else reads and writes by
+//! guest-physical address, and an address outside of RAM is an error, never a fault of the host.
+
+use std::ops::Range;
+
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion, ReadVolatile, WriteVolatile,
+};
+
+use crate::error::{Error, GuestFault, Result};
+
+pub use vm_memory::ByteValued;
+
+/// How the host backs guest RAM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// Ask for transparent huge pages.
+    pub huge_pages: bool,
+    /// Let the kernel merge equal pages.
+    pub merge_pages: bool,
+}
+
+/// The RAM of one VM: one range of guest-physical addresses, demand-zero. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    mmap: GuestMemoryMmap,
+    start: u64,
+    size: u64,
+}
+
+impl GuestMemory {
+    /// Maps `size` bytes of RAM at guest-physical `start`. Host pages are taken when they are touched.
+    pub fn new(start: u64, size: u64, backing: Backing) -> Result<Self> {
+        let length = usize::try_from(size).map_err(|_| too_big(size, std::io::ErrorKind::InvalidInput.into()))?;
+        let mmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(start), length)])
+            .map_err(|e| too_big(size, std::io::Error::other(e.to_string())))?;
+        let memory = Self { mmap, start, size };
+        for (wanted, advice, name) in [
+            (backing.huge_pages, libc::MADV_HUGEPAGE, "transparent huge pages"),
+            (backing.merge_pages, libc::MADV_MERGEABLE, "merging of equal pages"),
+        ] {
+            // SAFETY: the range is exactly this mapping, and neither advice changes its contents.
+            if wanted && unsafe { libc::madvise(memory.host_pointer().cast(), length, advice) } != 0 {
+                log::warn!("{name} for guest RAM: {}", std::io::Error::last_os_error());
+            }
+        }
+        Ok(memory)
+    }
+
+    /// The guest-physical addresses of RAM.
+    pub fn range(&self) -> Range<u64> {
+        self.start..self.start + self.size
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where RAM lies in the host, for a back end that maps it into a guest.
+    pub fn host_pointer(&self) -> *mut u8 {
+        let region = self.mmap.iter().next().expect("a VM has one region of RAM");
+        region.get_host_address(vm_memory::MemoryRegionAddress(0)).expect("offset 0 lies in the region")
+    }
+
+    /// Whether all of `length` bytes at `address` are RAM.
+    pub fn contains(&self, address: u64, length: u64) -> bool {
+        address >= self.start && length <= self.size && address - self.start <= self.size - length
+    }
+
+    fn check(&self, address: u64, length: usize) -> Result<GuestAddress, GuestFault> {
+        if self.contains(address, length as u64) {
+            Ok(GuestAddress(address))
+        } else {
+            Err(GuestFault { address, length: length as u64, is_virtual: false })
+        }
+    }
+
+    /// Fills `buffer` from guest-physical `address`.
+    pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), GuestFault> {
+        let at = self.check(address, buffer.len())?;
+        self.mmap.read_slice(buffer, at).map_err(|_| fault(address, buffer.len()))
+    }
+
+    /// Writes `data` to guest-physical `address`.
+    pub fn write(&self, address: u64, data: &[u8]) -> Result<(), GuestFault> {
+        let at = self.check(address, data.len())?;
+        self.mmap.write_slice(data, at).map_err(|_| fault(address, data.len()))
+    }
+
+    /// Reads a plain struct; its address need not be aligned.
+    pub fn read_object<T: ByteValued>(&self, address: u64) -> Result<T, GuestFault> {
+        let at = self.check(address, size_of::<T>())?;
+        self.mmap.read_obj(at).map_err(|_| fault(address, size_of::<T>()))
+    }
+
+    /// Writes a plain struct; its address need not be aligned.
+    pub fn write_object<T: ByteValued>(&self, address: u64, value: T) -> Result<(), GuestFault> {
+        let at = self.check(address, size_of::<T>())?;
+        self.mmap.write_obj(value, at).map_err(|_| fault(address, size_of::<T>()))
+    }
+
+    /// Reads up to the first NUL (which is not returned), at most `limit` bytes and never past the end of RAM.
+    /// `None` if there is no NUL within these.
+    pub fn read_cstring(&self, address: u64, limit: usize) -> Result<Option<Vec<u8>>, GuestFault> {
+        self.check(address, 1)?;
+        let mut text = Vec::new();
+        let mut chunk = [0u8; 256];
+        let end = self.range().end.min(address.saturating_add(limit as u64));
+        let mut at = address;
+        while at < end {
+            let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(chunk.len());
+            self.read(at, &mut chunk[..length])?;
+            if let Some(nul) = chunk[..length].iter().position(|b| *b == 0) {
+                text.extend_from_slice(&chunk[..nul]);
+                return Ok(Some(text));
+            }
+            text.extend_from_slice(&chunk[..length]);
+            at += length as u64;
+        }
+        Ok(None)
+    }
+
+    /// Atomically replaces `size` (1, 2, 4 or 8) aligned bytes that equal `expected`, and returns what was there. `None`
+    /// for another size, an unaligned address, or one outside of RAM.
+    #[allow(clippy::cast_possible_truncation)]
+    pub fn compare_exchange(&self, address: u64, size: usize, expected: u128, new: u128) -> Option<u128> {
+        use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
+        if !self.contains(address, size as u64) || !matches!(size, 1 | 2 | 4 | 8) || address % size as u64 != 0 {
+            return None;
+        }
+        let offset = usize::try_from(address - self.start).ok()?;
+        // SAFETY: `size` bytes from there lie in the mapping, aligned; guests and other threads use them as atomics do.
+        unsafe {
+            let at = self.host_pointer().add(offset);
+            macro_rules! exchange {
+                ($atomic:ty, $int:ty) => {
+                    <$atomic>::from_ptr(at.cast())
+                        .compare_exchange(expected as $int, new as $int, SeqCst, SeqCst)
+                        .unwrap_or_else(|found| found)
+                        .into()
+                };
+            }
+            Some(match size {
+                1 => exchange!(AtomicU8, u8),
+                2 => exchange!(AtomicU16, u16),
+                4 => exchange!(AtomicU32, u32),
+                _ => exchange!(AtomicU64, u64),
+            })
+        }
+    }
+
+    /// One `read(2)` from `source` straight into RAM; returns the bytes read.
+    pub fn read_from(&self, address: u64, source: &mut impl ReadVolatile, length: usize) -> std::io::Result<usize> {
+        self.check(address, length).map_err(std::io::Error::other)?;
+        self.mmap.read_volatile_from(GuestAddress(address), source, length).map_err(into_io)
+    }
+
+    /// One `write(2)` straight from RAM to `sink`; returns the bytes written.
+    pub fn write_to(&self, address: u64, sink: &mut impl WriteVolatile, length: usize) -> std::io::Result<usize> {
+        self.check(address, length).map_err(std::io::Error::other)?;
+        self.mmap.write_volatile_to(GuestAddress(address), sink, length).map_err(into_io)
+    }
+}
+
+fn into_io(error: vm_memory::GuestMemoryError) -> std::io::Error {
+    match error {
+        vm_memory::GuestMemoryError::IOError(e) => e,
+        other => std::io::Error::other(other.to_string()),
+    }
+}
+
+fn fault(address: u64, length: usize) -> GuestFault {
+    GuestFault { address, length: length as u64, is_virtual: false }
+}
+
+fn too_big(size: u64, source: std::io::Error) -> Error {
+    Error::Host { what: format!("can't map {} MiB of guest RAM", size >> 20), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_access_outside_of_ram_is_a_fault_with_its_address() {
+        let memory = GuestMemory::new(0x20_0000, 0x1000, Backing::default()).unwrap();
+        let mut buffer = [0u8; 16];
+        for address in [0, 0x1f_ffff, 0x20_0ff1, 0x20_1000, u64::MAX, u64::MAX - 8] {
+            let fault = memory.read(address, &mut buffer).unwrap_err();
+            assert_eq!((fault.address, fault.length, fault.is_virtual), (address, 16, false));
+            assert!(memory.write(address, &buffer).is_err());
+        }
+        memory.write(0x20_0ff0, &[7; 16]).unwrap();
+        memory.read(0x20_0ff0, &mut buffer).unwrap();
+        assert_eq!(buffer, [7; 16]);
+    }
+
+    #[test]
+    fn test_cstring_without_nul_ends_at_the_limit_or_the_end_of_ram() {
+        let memory = GuestMemory::new(0, 0x1000, Backing::default()).unwrap();
+        memory.write(0xf00, &[b'x'; 0x100]).unwrap();
+        assert_eq!(memory.read_cstring(0xf00, 4096).unwrap(), None);
+        assert_eq!(memory.read_cstring(0xf00, 10).unwrap(), None);
+        assert_eq!(memory.read_cstring(0xeff, 10).unwrap(), Some(vec![]));
+        assert!(memory.read_cstring(0x1000, 10).is_err());
+        memory.write(0xf05, &[0]).unwrap();
+        assert_eq!(memory.read_cstring(0xf00, 10).unwrap(), Some(b"xxxxx".to_vec()));
+    }
+}

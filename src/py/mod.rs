@@ -1,0 +1,28 @@
+//! The Python module `uhyve._core`. Nothing outside of this folder knows Python. Classes are few, frozen and `Sync`; the
+//! package's Python half gives them their public shape.
+
+mod breakpoint;
+mod callbacks;
+mod condition;
+mod errors;
+mod hit;
+mod image;
+mod machine;
+mod memory;
+mod probe;
+mod registers;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<machine::PyMachine>()?;
+    module.add_class::<image::PyImage>()?;
+    module.add_class::<breakpoint::PyBreakpoint>()?;
+    module.add_class::<hit::PyHit>()?;
+    module.add_class::<registers::PyRegisters>()?;
+    module.add_class::<memory::PyMemory>()?;
+    module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;
+    condition::register(module)
+}

@@ -1,0 +1,29 @@
+//! What KVM on this machine can do, as a dictionary for `uhyve doctor`.
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::errors::detached;
+use crate::backend::Int3;
+use crate::backend::kvm;
+
+/// Probes KVM with small guests. Raises HypervisorUnavailableError, with advice, where there is none.
+#[pyfunction]
+pub fn probe_kvm(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let found = detached(py, kvm::probe::capabilities)?;
+    let dict = PyDict::new(py);
+    dict.set_item("native_ring0", found.native_ring0)?;
+    dict.set_item("single_step", found.single_step)?;
+    dict.set_item("block_interrupts", found.block_interrupts)?;
+    dict.set_item(
+        "int3",
+        match found.int3 {
+            Int3::DebugExit => "debug exit",
+            Int3::Unemulated => "internal error",
+            Int3::NotIntercepted => "not intercepted",
+        },
+    )?;
+    dict.set_item("hardware_breakpoints", found.hardware_breakpoints)?;
+    dict.set_item("watchpoints", found.watchpoints)?;
+    Ok(dict)
+}

@@ -1,0 +1,120 @@
+//! Counters of a VM: exits by kind and hypercalls by kind, per vCPU. A vCPU's thread writes only its own.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::hypercall::Kind;
+
+/// Why a vCPU left the guest, for statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum ExitKind {
+    /// Port input.
+    PortRead,
+    /// Port output that is no hypercall.
+    PortWrite,
+    /// PCI configuration read.
+    PciRead,
+    /// PCI configuration write.
+    PciWrite,
+    /// Memory-mapped read.
+    MmioRead,
+    /// Memory-mapped write.
+    MmioWrite,
+    /// HLT.
+    Hlt,
+    /// Breakpoint or step.
+    Debug,
+    /// An instruction that the hypervisor left to the emulator.
+    Unemulated,
+    /// Triple fault.
+    Shutdown,
+    /// A kick or a signal.
+    Interrupted,
+}
+
+impl ExitKind {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [(ExitKind, &'static str); 11] = [
+        (Self::PortRead, "port_read"),
+        (Self::PortWrite, "port_write"),
+        (Self::PciRead, "pci_read"),
+        (Self::PciWrite, "pci_write"),
+        (Self::MmioRead, "mmio_read"),
+        (Self::MmioWrite, "mmio_write"),
+        (Self::Hlt, "hlt"),
+        (Self::Debug, "debug"),
+        (Self::Unemulated, "unemulated"),
+        (Self::Shutdown, "shutdown"),
+        (Self::Interrupted, "interrupted"),
+    ];
+}
+
+/// One vCPU's counters, on cache lines of their own.
+#[repr(align(128))]
+struct Counters {
+    exits: [AtomicU64; ExitKind::ALL.len()],
+    hypercalls: [AtomicU64; Kind::ALL.len()],
+}
+
+/// The counters of a VM.
+pub struct Stats {
+    vcpus: Vec<Counters>,
+}
+
+impl Stats {
+    /// Zeroed counters for so many vCPUs.
+    pub fn new(cpus: u32) -> Self {
+        let zeros = || Counters { exits: Default::default(), hypercalls: std::array::from_fn(|_| AtomicU64::new(0)) };
+        Self { vcpus: (0..cpus).map(|_| zeros()).collect() }
+    }
+
+    /// Counts an exit.
+    #[inline]
+    pub fn count(&self, vcpu: u32, kind: ExitKind) {
+        bump(&self.vcpus[vcpu as usize].exits[kind as usize]);
+    }
+
+    /// Counts a hypercall.
+    #[inline]
+    pub fn count_hypercall(&self, vcpu: u32, kind: Kind) {
+        bump(&self.vcpus[vcpu as usize].hypercalls[kind as usize]);
+    }
+
+    /// The counters of each vCPU that aren't zero: exits, then hypercalls.
+    pub fn snapshot(&self) -> Vec<VcpuStats> {
+        self.vcpus
+            .iter()
+            .map(|c| VcpuStats {
+                exits: ExitKind::ALL
+                    .iter()
+                    .map(|(k, name)| (*name, load(&c.exits[*k as usize])))
+                    .filter(|e| e.1 > 0)
+                    .collect(),
+                hypercalls: Kind::ALL
+                    .iter()
+                    .map(|k| (k.name(), load(&c.hypercalls[*k as usize])))
+                    .filter(|e| e.1 > 0)
+                    .collect(),
+            })
+            .collect()
+    }
+}
+
+/// One writer, so a plain load and store is enough and saves a locked instruction.
+#[inline]
+fn bump(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// What one vCPU did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VcpuStats {
+    /// Exits by kind that are no hypercalls.
+    pub exits: Vec<(&'static str, u64)>,
+    /// Hypercalls by kind.
+    pub hypercalls: Vec<(&'static str, u64)>,
+}

@@ -1,0 +1,365 @@
+//! A vCPU's thread: it runs the guest, answers its exits, and comes to the engine's safe point when it is asked to.
+//! What it does at breakpoints and steps is in [`crate::debug::stepping`].
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
+
+use crate::backend::{Exit, GuestDebug, Vcpu};
+use crate::debug::engine::{Command, End, Plan};
+use crate::debug::stop::{Event, StopReason};
+use crate::devices::pci::{self, Firmware};
+use crate::error::{Crash, CrashReason, Error, Result};
+use crate::hypercall::{self, Call, Outcome, Request};
+use crate::paging::{self, PagingMode};
+use crate::registers::RDI;
+use crate::stats::ExitKind;
+use crate::vm::Machine;
+
+/// What belongs to a vCPU. Its thread holds it locked while it runs, and lets go at its safe point.
+pub struct Context {
+    /// The CPU.
+    pub cpu: Box<dyn Vcpu>,
+    /// The breakpoints at this address have been asked, and the instruction there has not been executed since.
+    pub passed: Option<u64>,
+    /// A hypercall that waits for the host and was interrupted; it is made again before the guest goes on.
+    pub(crate) call: Option<PendingCall>,
+    /// The generation of the breakpoint table that the CPU is armed for.
+    pub(crate) armed: Option<u64>,
+    /// How it is armed.
+    pub(crate) debug: GuestDebug,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct PendingCall {
+    call: Call,
+    data: u32,
+    size: usize,
+    rdi: u64,
+    /// Bytes of its buffer that are done.
+    progress: u64,
+}
+
+impl Context {
+    /// A vCPU that has not run.
+    pub fn new(cpu: Box<dyn Vcpu>) -> Self {
+        Self { cpu, passed: None, call: None, armed: None, debug: GuestDebug::default() }
+    }
+}
+
+/// Whether the vCPU's thread stays in its loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flow {
+    /// Enter the guest again.
+    Continue,
+    /// Go to the safe point.
+    Leave,
+}
+
+/// A vCPU's thread at work: its number, and its context while that is locked.
+pub(crate) struct Seat<'a> {
+    pub machine: &'a Arc<Machine>,
+    pub number: u32,
+    guard: Option<MutexGuard<'a, Option<Context>>>,
+}
+
+/// The body of a vCPU's thread.
+pub(crate) fn main(machine: &Arc<Machine>, number: u32) {
+    let _ending = Ending { machine, number };
+    if let Err(error) = serve(machine, number) {
+        machine.engine.end(End::Failed(error));
+    }
+}
+
+/// Whatever way the thread ends, nobody waits for it afterwards.
+struct Ending<'a> {
+    machine: &'a Arc<Machine>,
+    number: u32,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let machine = self.machine;
+        machine.engine.set_kick(self.number, None);
+        if let Some(context) = machine.lock_context(self.number).as_mut() {
+            context.cpu.unbind();
+        }
+        if std::thread::panicking() {
+            machine.engine.end(End::Killed);
+        }
+        // Counts the vCPU as standing still, so that no stop waits for it.
+        if matches!(machine.engine.status(), crate::debug::engine::Status::Ended(_)) {
+            machine.engine.safe_point(self.number);
+        }
+    }
+}
+
+fn serve(machine: &Arc<Machine>, number: u32) -> Result<()> {
+    machine.prepare_thread(number)?;
+    {
+        let mut guard = machine.lock_context(number);
+        let context = guard.as_mut().ok_or_else(closed)?;
+        context.cpu.bind_to_current_thread()?;
+        machine.engine.set_kick(number, Some(context.cpu.kick_handle()));
+    }
+    loop {
+        match machine.engine.safe_point(number) {
+            Command::End => return Ok(()),
+            Command::Run(plan) => {
+                let mut seat = Seat { machine, number, guard: None };
+                seat.relock();
+                seat.run(plan)?;
+            }
+        }
+    }
+}
+
+fn closed() -> Error {
+    Error::VmState("the VM is closed".into())
+}
+
+impl<'a> Seat<'a> {
+    fn relock(&mut self) {
+        self.guard = Some(self.machine.lock_context(self.number));
+    }
+
+    /// The locked context.
+    pub fn context(&mut self) -> &mut Context {
+        self.guard
+            .as_mut()
+            .and_then(|g| g.as_mut())
+            .expect("locked by this thread, and emptied only after it has ended")
+    }
+
+    /// Runs `f` with the context unlocked: the vCPU stands still, and others may look at it.
+    pub fn unlocked<T>(&mut self, f: impl FnOnce() -> T) -> T {
+        self.guard = None;
+        let result = f();
+        self.relock();
+        result
+    }
+
+    fn run(&mut self, plan: Plan) -> Result<()> {
+        if plan == Plan::Step {
+            self.step_by_plan()?;
+        } else {
+            self.run_guest()?;
+        }
+        self.settle_io()
+    }
+
+    fn run_guest(&mut self) -> Result<()> {
+        if self.resume_call()? == Flow::Leave || self.leave_site()? == Flow::Leave {
+            return Ok(());
+        }
+        loop {
+            if self.machine.engine.is_requested(self.number) {
+                return Ok(());
+            }
+            self.arm()?;
+            let exit = self.context().cpu.run()?;
+            if self.handle(exit)? == Flow::Leave {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Finishes a pending port or memory access, so that the registers that others will read are true.
+    pub fn settle_io(&mut self) -> Result<()> {
+        while let Some(exit) = self.context().cpu.complete_io()? {
+            if self.handle(exit)? == Flow::Leave {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts and answers an exit.
+    pub fn handle(&mut self, exit: Exit) -> Result<Flow> {
+        match exit {
+            Exit::IoOut { port, size, count, value } => self.port_out(port, size, count, value),
+            Exit::IoIn { port, size, .. } => {
+                self.port_in(port, size);
+                Ok(Flow::Continue)
+            }
+            Exit::MmioRead { address, size } => self.mmio(address, size, false),
+            Exit::MmioWrite { address, size } => self.mmio(address, size, true),
+            Exit::Hlt => {
+                self.count(ExitKind::Hlt);
+                Ok(Flow::Continue)
+            }
+            Exit::Debug(event) => {
+                self.count(ExitKind::Debug);
+                self.debug_event(event)
+            }
+            Exit::Shutdown => {
+                self.count(ExitKind::Shutdown);
+                self.crash(CrashReason::TripleFault)
+            }
+            Exit::Interrupted => {
+                self.count(ExitKind::Interrupted);
+                Ok(Flow::Continue)
+            }
+            Exit::Unemulated => {
+                self.count(ExitKind::Unemulated);
+                self.unemulated()
+            }
+            Exit::Failed(failure) => self.crash(CrashReason::Hypervisor { what: failure.to_string() }),
+        }
+    }
+
+    pub fn count(&self, kind: ExitKind) {
+        self.machine.stats.count(self.number, kind);
+    }
+
+    fn port_out(&mut self, port: u16, size: u8, count: u32, value: u32) -> Result<Flow> {
+        if count != 1 {
+            return self.string_out(port, size);
+        }
+        // Most exits of a booting kernel are its scan for PCI devices.
+        if self.machine.pci.write(port, size, value) {
+            self.count(ExitKind::PciWrite);
+            return Ok(Flow::Continue);
+        }
+        let Some(call) = hypercall::identify(port) else {
+            self.count(ExitKind::PortWrite);
+            return Ok(Flow::Continue);
+        };
+        self.machine.stats.count_hypercall(self.number, call.kind());
+        let rdi = if call.needs_rdi() { self.context().cpu.registers()?.general[RDI] } else { 0 };
+        self.call(PendingCall { call, data: value, size: usize::from(size), rdi, progress: 0 })
+    }
+
+    /// String output. Bytes for the console are text like any other; no other port takes strings.
+    fn string_out(&mut self, port: u16, size: u8) -> Result<Flow> {
+        let machine = self.machine;
+        match hypercall::identify(port) {
+            Some(call) if call.kind() == hypercall::Kind::SerialWriteByte && size == 1 => {
+                let text = self.context().cpu.io_data().to_vec();
+                for byte in text {
+                    machine.stats.count_hypercall(self.number, call.kind());
+                    if self.call(PendingCall { call, data: byte.into(), size: 1, rdi: byte.into(), progress: 0 })?
+                        == Flow::Leave
+                    {
+                        return Ok(Flow::Leave);
+                    }
+                }
+            }
+            _ => self.count(ExitKind::PortWrite),
+        }
+        Ok(Flow::Continue)
+    }
+
+    fn call(&mut self, mut pending: PendingCall) -> Result<Flow> {
+        let (machine, number) = (self.machine, self.number);
+        let cpu = &mut self.context().cpu;
+        let mut mode: Option<Option<PagingMode>> = None;
+        let mut translate = |address: u64| {
+            let mode = mode.get_or_insert_with(|| cpu.system_registers().ok().map(|s| PagingMode::from(&s)));
+            let found = paging::translate(&machine.memory, mode.as_ref()?, address).ok()?;
+            Some((found.physical, found.remaining))
+        };
+        let outcome = machine.services.dispatch(&mut Request {
+            call: pending.call,
+            data: pending.data,
+            size: pending.size,
+            rdi: pending.rdi,
+            translate: &mut translate,
+            cancelled: &|| machine.engine.is_requested(number),
+            progress: &mut pending.progress,
+        });
+        match outcome {
+            Outcome::Done => Ok(Flow::Continue),
+            Outcome::Exit(code) => self.exit(code),
+            Outcome::Interrupted => {
+                self.context().call = Some(pending);
+                Ok(Flow::Leave)
+            }
+            Outcome::Crash(what) => self.crash(CrashReason::Hypercall { what }),
+            Outcome::HostError(source) => {
+                Err(Error::Host { what: "a host call on behalf of the guest failed".into(), source })
+            }
+        }
+    }
+
+    /// Makes an interrupted hypercall again. Nothing of the guest runs before it is done.
+    pub fn resume_call(&mut self) -> Result<Flow> {
+        match self.context().call.take() {
+            Some(pending) => self.call(pending),
+            None => Ok(Flow::Continue),
+        }
+    }
+
+    fn port_in(&mut self, port: u16, size: u8) {
+        let kind = if pci::is_pci(port) { ExitKind::PciRead } else { ExitKind::PortRead };
+        self.count(kind);
+        let pci = &self.machine.pci;
+        let answer = pci.read(port, size);
+        let data = self.guard.as_mut().and_then(|g| g.as_mut()).expect("locked by this thread").cpu.io_data();
+        for element in data.chunks_mut(usize::from(size).max(1)) {
+            element.copy_from_slice(&answer[..element.len()]);
+        }
+    }
+
+    fn mmio(&mut self, address: u64, size: usize, write: bool) -> Result<Flow> {
+        self.count(if write { ExitKind::MmioWrite } else { ExitKind::MmioRead });
+        if !Firmware::contains(address) {
+            return self.crash(CrashReason::UnknownMmio { address, size, write });
+        }
+        if !write {
+            self.context().cpu.io_data().fill(0);
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// The guest ends itself.
+    fn exit(&mut self, code: i32) -> Result<Flow> {
+        if self.machine.engine.is_debugging() {
+            self.settle_io()?;
+            let pc = self.context().cpu.registers()?.rip;
+            return self.stop(pc, StopReason::Exit { code });
+        }
+        self.machine.engine.end(End::Exit(code));
+        Ok(Flow::Leave)
+    }
+
+    /// The guest can't go on.
+    pub fn crash(&mut self, reason: CrashReason) -> Result<Flow> {
+        let registers = self.context().cpu.registers()?;
+        let symbol = self.machine.symbol_at(registers.rip);
+        let crash = Arc::new(Crash { vcpu: self.number, reason, registers, symbol });
+        if self.machine.engine.is_debugging() {
+            return self.stop(registers.rip, StopReason::Crash(crash));
+        }
+        self.machine.engine.end(End::Crash(crash));
+        Ok(Flow::Leave)
+    }
+
+    /// Tells the engine of something that stops the world.
+    pub fn stop(&mut self, pc: u64, reason: StopReason) -> Result<Flow> {
+        self.machine.engine.stop(Event { vcpu: self.number, pc, reason });
+        Ok(Flow::Leave)
+    }
+}
+
+thread_local! {
+    static CURRENT: std::cell::Cell<Option<u32>> = const { std::cell::Cell::new(None) };
+}
+
+/// The vCPU whose callback runs on this thread, if one does.
+pub fn current() -> Option<u32> {
+    CURRENT.get()
+}
+
+/// Marks the calling thread as inside a callback of that vCPU until the guard is dropped, and the callback's view of
+/// the vCPU as dead from then on.
+pub(crate) fn enter_callback(vcpu: u32, alive: &Arc<AtomicBool>) -> impl Drop + use<> {
+    struct Leave(Arc<AtomicBool>);
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            self.0.store(false, Ordering::SeqCst);
+            CURRENT.set(None);
+        }
+    }
+    CURRENT.set(Some(vcpu));
+    Leave(alive.clone())
+}

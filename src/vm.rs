@@ -1,0 +1,613 @@
+//! A VM: from a configuration to a built machine, run to its end, closed. [`Machine`] is what the vCPU threads and the
+//! front ends share.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::backend::{self, Backend, Capabilities, MachineOptions, Vcpu};
+use crate::boot::{self, BootParameters, BootState, Image, Layout};
+use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
+use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
+use crate::debug::stop::{Event, Stop, StopReason};
+use crate::debug::symbols::SymbolTable;
+use crate::debug::view::View;
+use crate::devices::pci::Pci;
+use crate::devices::serial::{Output, Serial};
+use crate::error::{Error, Result};
+use crate::hypercall::{CommandLine, Services};
+use crate::isolation::landlock::{self, FileIsolation};
+use crate::isolation::{FileMap, Files, IoMode, Scratch, Source};
+use crate::memory::{Backing, GuestMemory};
+use crate::paging::{self, PagingMode};
+use crate::registers::{RSI, SystemRegisters};
+use crate::stats::Stats;
+use crate::vcpu::{self, Context};
+
+/// RAM of a VM whose user and image don't say.
+pub const DEFAULT_MEMORY: u64 = 64 << 20;
+/// How long a line of console output without its end waits for more.
+const FLUSH_AFTER: Duration = Duration::from_millis(50);
+
+/// Wraps the body of each vCPU thread: a front end's chance to prepare the thread for its callbacks.
+pub type ThreadWrapper = Arc<dyn Fn(&mut dyn FnMut()) + Send + Sync>;
+
+/// Everything that a VM is made from.
+pub struct Config {
+    /// The image.
+    pub image: Arc<Image>,
+    /// Bytes of RAM; the image's wish, or [`DEFAULT_MEMORY`], if not given.
+    pub memory: Option<u64>,
+    /// vCPUs; the image's wish, or 1, if not given.
+    pub cpus: Option<u32>,
+    /// Arguments of the kernel; the image's if not given.
+    pub kernel_args: Option<Vec<String>>,
+    /// Arguments of the application; the image's if not given.
+    pub args: Option<Vec<String>>,
+    /// Environment; it is added to the image's and wins over it.
+    pub environment: Vec<(String, String)>,
+    /// Guest path and what lies there.
+    pub files: Vec<(String, Source)>,
+    /// Where console output goes.
+    pub output: Output,
+    /// Name of the back end.
+    pub backend: String,
+    /// Random load address for relocatable images.
+    pub aslr: bool,
+    /// How the host backs RAM.
+    pub backing: Backing,
+    /// Interval timer.
+    pub pit: bool,
+    /// Leave idling to the guest.
+    pub cpu_pm: bool,
+    /// Host CPU of each vCPU.
+    pub affinity: Vec<usize>,
+    /// Parent of the scratch directory.
+    pub tempdir: Option<PathBuf>,
+    /// Landlock on the vCPU threads.
+    pub isolation: FileIsolation,
+    /// Flags for host files.
+    pub io_mode: IoMode,
+    /// Begin with a stop, and let the guest's end be one.
+    pub debugging: bool,
+    /// Wraps vCPU threads.
+    pub wrapper: Option<ThreadWrapper>,
+}
+
+/// A built machine.
+pub struct Machine {
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// Where the image lies.
+    pub layout: Layout,
+    /// The image.
+    pub image: Arc<Image>,
+    /// Hypercall services.
+    pub services: Services,
+    /// Console.
+    pub console: Arc<Serial>,
+    /// Counters.
+    pub stats: Stats,
+    /// PCI ports.
+    pub pci: Pci,
+    /// Stop-the-world engine.
+    pub engine: Engine,
+    /// Breakpoints.
+    pub table: RwLock<Table>,
+    generation: AtomicU64,
+    contexts: Vec<Mutex<Option<Context>>>,
+    backend: Arc<dyn Backend>,
+    symbols: OnceLock<SymbolTable>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    affinity: Vec<usize>,
+    isolation: FileIsolation,
+    started: Instant,
+    ended: OnceLock<Duration>,
+}
+
+impl Machine {
+    /// Builds a machine, loads its image, and starts its vCPU threads.
+    pub fn start(config: Config) -> Result<Arc<Self>> {
+        let started = Instant::now();
+        let (memory_size, cpus) = resources(&config)?;
+        let Config { image, debugging, affinity, isolation, wrapper, .. } = &config;
+        let (image, affinity, isolation, wrapper) = (image.clone(), affinity.clone(), *isolation, wrapper.clone());
+        let debugging = *debugging;
+        let console =
+            Serial::new(config.output).map_err(|source| Error::Host { what: "console output".into(), source })?;
+        let console = Arc::new(console);
+        let guest = GuestInput::new(&image, config.kernel_args, config.args, config.environment, config.files)?;
+        let mut parameters = guest.parameters(cpus);
+        let tree = boot::device_tree_size(&parameters)?;
+        let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut random)?;
+        let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
+        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm };
+        let backend = backend::open(&config.backend, &memory, &options)?;
+        let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
+        parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
+        enter_image(&boot::load(&image, &layout, &memory, &parameters)?, &mut vcpus)?;
+        let command_line = guest.command_line(&image)?;
+        let files = Files::new(guest.files, Scratch::new(config.tempdir.as_deref())?, config.io_mode);
+        let services = Services::new(memory.clone(), console.clone(), files, command_line);
+        let machine = Arc::new(Self {
+            memory,
+            layout,
+            services,
+            console,
+            stats: Stats::new(cpus),
+            pci: Pci::default(),
+            engine: Engine::new(cpus, debugging),
+            table: RwLock::new(Table::default()),
+            generation: AtomicU64::new(0),
+            contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
+            backend,
+            symbols: OnceLock::new(),
+            threads: Mutex::new(Vec::new()),
+            affinity,
+            isolation,
+            image,
+            started,
+            ended: OnceLock::new(),
+        });
+        machine.spawn(cpus, wrapper)?;
+        Ok(machine)
+    }
+
+    fn spawn(self: &Arc<Self>, cpus: u32, wrapper: Option<ThreadWrapper>) -> Result<()> {
+        for number in 0..cpus {
+            let (machine, wrapper) = (self.clone(), wrapper.clone());
+            let body = move || match wrapper {
+                Some(wrapper) => wrapper(&mut || vcpu::main(&machine, number)),
+                None => vcpu::main(&machine, number),
+            };
+            let thread = std::thread::Builder::new().name(format!("uhyve-vcpu{number}")).spawn(body);
+            match thread {
+                Ok(handle) => self.threads().push(handle),
+                Err(source) => {
+                    self.close();
+                    return Err(Error::Host { what: "can't start a vCPU thread".into(), source });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Prepares a vCPU's thread: its host CPU, and what of the file system it may reach.
+    pub(crate) fn prepare_thread(&self, number: u32) -> Result<()> {
+        if let Some(cpu) = self.affinity.get(number as usize) {
+            let mut set = nix::sched::CpuSet::new();
+            set.set(*cpu)
+                .and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set))
+                .map_err(|e| Error::Config(format!("affinity: vCPU {number} can't run on host CPU {cpu}: {e}")))?;
+        }
+        landlock::restrict_thread(self.isolation, &self.services.files().allowed())
+    }
+
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> u32 {
+        u32::try_from(self.contexts.len()).expect("made from a u32")
+    }
+
+    /// Name of the back end.
+    pub fn backend_name(&self) -> &'static str {
+        self.backend.name()
+    }
+
+    /// What the back end can do for a debugger.
+    pub fn capabilities(&self) -> Result<Capabilities> {
+        self.backend.capabilities()
+    }
+
+    pub(crate) fn lock_context(&self, vcpu: u32) -> MutexGuard<'_, Option<Context>> {
+        self.contexts[vcpu as usize].lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Uses a vCPU while the world is stopped. Never waits.
+    pub fn with_vcpu<T>(&self, vcpu: u32, f: impl FnOnce(&mut Context) -> Result<T>) -> Result<T> {
+        let slot = self.contexts.get(vcpu as usize).ok_or_else(|| {
+            Error::VmState(format!("there is no vCPU {vcpu}; this VM has {} (numbered from 0)", self.contexts.len()))
+        })?;
+        let mut guard = loop {
+            self.engine.check_stopped()?;
+            match slot.try_lock() {
+                Ok(guard) => break guard,
+                Err(std::sync::TryLockError::Poisoned(e)) => break e.into_inner(),
+                // Another thread reads it just now, or has resumed the world meanwhile.
+                Err(std::sync::TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        };
+        // A vCPU that got hold of its context before us is running; one that comes after us waits for the guard.
+        self.engine.check_stopped()?;
+        f(guard.as_mut().ok_or_else(|| Error::VmState("the VM is closed".into()))?)
+    }
+
+    /// Uses a vCPU inside its own callback.
+    pub fn with_hit<T>(
+        &self,
+        hit: &crate::debug::breakpoints::Hit,
+        f: impl FnOnce(&mut Context) -> Result<T>,
+    ) -> Result<T> {
+        let mut guard = self.lock_context(hit.vcpu);
+        if !hit.alive.load(Ordering::SeqCst) {
+            return Err(Error::VmState(
+                "this hit is over: a Hit can be used only inside the callback that got it".into(),
+            ));
+        }
+        f(guard.as_mut().ok_or_else(|| Error::VmState("the VM is closed".into()))?)
+    }
+
+    /// Guest memory without planted bytes.
+    pub fn view(&self) -> View<'_> {
+        View::new(&self.memory, &self.table)
+    }
+
+    /// The symbols of the image at their addresses in this VM.
+    pub fn symbols(&self) -> &SymbolTable {
+        self.symbols.get_or_init(|| SymbolTable::from_elf(self.image.kernel(), self.layout.load_bias()))
+    }
+
+    /// `name+offset` of an address.
+    pub fn symbol_at(&self, address: u64) -> Option<String> {
+        let (symbol, offset) = self.symbols().symbolize(address)?;
+        Some(if offset == 0 { symbol.name } else { format!("{}+{offset:#x}", symbol.name) })
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// How the guest is made to stop at an address.
+    pub fn site_at(&self, address: u64) -> Option<SiteKind> {
+        if self.generation() == 0 {
+            return None;
+        }
+        self.table.read().unwrap_or_else(|e| e.into_inner()).kind_at(address)
+    }
+
+    pub(crate) fn breakpoints_at(&self, address: u64) -> Option<(SiteKind, Vec<Arc<Breakpoint>>)> {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).at(address)
+    }
+
+    /// Changes the breakpoint table with no vCPU running, and makes the sites agree with it. If that fails, `undo` is
+    /// applied and the sites are as before.
+    fn change_table<T>(&self, change: impl FnOnce(&mut Table) -> T, undo: impl FnOnce(&mut Table, &T)) -> Result<T> {
+        let capabilities = self.capabilities()?;
+        let owner = vcpu::current().map_or(Owner::FrontEnd, Owner::Vcpu);
+        let closed = || Error::VmState("the VM is closed".into());
+        let exclusive = self.engine.exclusive(owner).ok_or_else(closed)?;
+        let mode = {
+            let mut guard = self.lock_context(vcpu::current().unwrap_or(0));
+            PagingMode::from(&guard.as_mut().ok_or_else(closed)?.cpu.system_registers()?)
+        };
+        let mut translate = |address: u64| paging::translate(&self.memory, &mode, address).ok().map(|t| t.physical);
+        let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
+        let value = change(&mut table);
+        let result = table.sync(&self.memory, &capabilities, &mut translate);
+        if result.is_err() {
+            undo(&mut table, &value);
+            table.sync(&self.memory, &capabilities, &mut translate)?;
+        }
+        self.generation.store(table.generation(), Ordering::SeqCst);
+        drop(table);
+        drop(exclusive);
+        result.map(|()| value)
+    }
+
+    /// Sets a breakpoint. From the moment that this returns it holds on every vCPU.
+    pub fn add_breakpoint(
+        &self,
+        address: u64,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
+        if options.vcpu.is_some_and(|n| n >= self.cpus()) {
+            return Err(Error::Breakpoint(format!(
+                "there is no vCPU {}; this VM has {}",
+                options.vcpu.unwrap_or(0),
+                self.cpus()
+            )));
+        }
+        self.change_table(|t| t.add(address, options, condition), |t, b| t.remove(b))
+    }
+
+    /// Enables or disables a breakpoint.
+    pub fn enable_breakpoint(&self, breakpoint: &Breakpoint, enabled: bool) -> Result<()> {
+        if breakpoint.is_deleted() {
+            return Err(Error::Breakpoint(format!("breakpoint {} is deleted", breakpoint.id)));
+        }
+        let before = breakpoint.is_enabled();
+        self.change_table(|t| t.set_enabled(breakpoint, enabled), |t, ()| t.set_enabled(breakpoint, before))
+    }
+
+    /// Deletes a breakpoint; the guest's code is as it was. Deleting it twice is the same as once.
+    pub fn delete_breakpoint(&self, breakpoint: &Breakpoint) -> Result<()> {
+        if breakpoint.is_deleted() {
+            return Ok(());
+        }
+        self.change_table(|t| t.remove(breakpoint), |_, ()| ())
+    }
+
+    /// All breakpoints, by number.
+    pub fn breakpoints(&self) -> Vec<Arc<Breakpoint>> {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).breakpoints()
+    }
+
+    /// Resumes by a plan, unless something that was found before and not reported still holds: that is the next stop.
+    pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        if vcpu::current().is_some() {
+            return Err(Error::VmState(
+                "a callback can't resume the guest: return False (or None) to let it run on, True to stop it".into(),
+            ));
+        }
+        self.engine.check_stopped()?;
+        self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
+        if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
+            return Ok(());
+        }
+        self.engine.resume(plan)
+    }
+
+    /// Whether an event that waited is still true: its vCPU stands where it stood, and its breakpoint is there.
+    fn still_holds(&self, event: &Event) -> bool {
+        let breakpoint = match &event.reason {
+            StopReason::Breakpoint { breakpoint, .. } => breakpoint,
+            StopReason::Exit { .. } | StopReason::Crash(_) | StopReason::Exception { .. } => return true,
+            _ => return false,
+        };
+        let mut guard = self.lock_context(event.vcpu);
+        let Some(context) = guard.as_mut() else { return false };
+        breakpoint.is_enabled() && context.cpu.registers().is_ok_and(|r| r.rip == event.pc)
+    }
+
+    /// Waits for the next stop or the end. `check` is called when a signal arrives. `Ok(None)`: the deadline passed.
+    pub fn wait<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        check: &mut dyn FnMut() -> Result<(), E>,
+    ) -> Result<Option<Status>, E> {
+        if vcpu::current().is_some() {
+            return Err(Error::VmState("a callback can't wait for the guest: return a decision instead".into()).into());
+        }
+        let waiter = engine::waiter()?;
+        let notifier = Arc::downgrade(&waiter);
+        self.console.set_notifier(Box::new(move || {
+            if let Some(waiter) = notifier.upgrade() {
+                let _ = waiter.write(1);
+            }
+        }));
+        let mut since: Option<Instant> = None;
+        let mut tick = || {
+            if !self.console.has_unflushed() {
+                since = None;
+                return None;
+            }
+            let age = since.get_or_insert_with(Instant::now).elapsed();
+            if age < FLUSH_AFTER {
+                return Some(FLUSH_AFTER - age);
+            }
+            // What the sink does not take now, it takes later.
+            let _ = self.console.flush(&|| true);
+            since = Some(Instant::now());
+            self.console.has_unflushed().then_some(FLUSH_AFTER)
+        };
+        let status = self.engine.wait_for_stop(deadline, check, &mut tick, &waiter)?;
+        if status.is_some() {
+            self.flush(check)?;
+        }
+        if let Some(Status::Stopped(stop)) = &status {
+            self.finish_stop(stop);
+        }
+        Ok(status)
+    }
+
+    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that.
+    fn flush<E: From<Error>>(&self, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
+        let failure = RefCell::new(None);
+        let check = RefCell::new(check);
+        let flushed = self.console.flush(&|| match (check.borrow_mut())() {
+            Ok(()) => false,
+            Err(error) => {
+                *failure.borrow_mut() = Some(error);
+                true
+            }
+        });
+        if let Some(error) = failure.into_inner() {
+            return Err(error);
+        }
+        match flushed {
+            Err(source) if source.kind() != std::io::ErrorKind::Interrupted => {
+                Err(Error::Host { what: "console output".into(), source }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A temporary breakpoint is gone once it has stopped the world.
+    fn finish_stop(&self, stop: &Stop) {
+        if let StopReason::Breakpoint { breakpoint, .. } = &stop.reason
+            && breakpoint.options.temporary
+            && let Err(error) = self.delete_breakpoint(breakpoint)
+        {
+            log::warn!("temporary breakpoint {}: {error}", breakpoint.id);
+        }
+    }
+
+    /// The current stop, with its program counter as it is now.
+    pub fn describe(&self, mut stop: Stop) -> Stop {
+        if stop.pc == 0
+            && let Ok(pc) = self.with_vcpu(stop.vcpu, |c| Ok(c.cpu.registers()?.rip))
+        {
+            stop.pc = pc;
+        }
+        stop
+    }
+
+    /// Time from the start to now, or to the end.
+    pub fn elapsed(&self) -> Duration {
+        self.ended.get().copied().unwrap_or_else(|| self.started.elapsed())
+    }
+
+    /// Lets go of every breakpoint and runs on. The guest's end is the VM's from now on.
+    pub fn detach(&self) -> Result<()> {
+        for breakpoint in self.breakpoints() {
+            self.delete_breakpoint(&breakpoint)?;
+        }
+        self.engine.detach()
+    }
+
+    /// Ends the VM, whatever it does, and waits for its threads. May be called more than once, and from any thread
+    /// but a vCPU's.
+    pub fn close(&self) {
+        self.engine.end(End::Killed);
+        self.join();
+    }
+
+    /// Waits for the vCPU threads of a VM that has ended.
+    pub fn join(&self) {
+        let own = std::thread::current().id();
+        let threads: Vec<_> = self.threads().drain(..).filter(|t| t.thread().id() != own).collect();
+        let mut panic = None;
+        for thread in threads {
+            while !thread.is_finished() {
+                self.engine.kick_late();
+                std::thread::park_timeout(Duration::from_micros(200));
+            }
+            if let Err(payload) = thread.join() {
+                panic = Some(payload);
+            }
+        }
+        self.ended.get_or_init(|| self.started.elapsed());
+        let _ = self.console.flush(&|| true);
+        for context in &self.contexts {
+            drop(context.lock().unwrap_or_else(|e| e.into_inner()).take());
+        }
+        if let Some(payload) = panic {
+            std::panic::resume_unwind(payload);
+        }
+    }
+}
+
+fn resources(config: &Config) -> Result<(u64, u32)> {
+    let wish = config.image.config();
+    let needed = wish.and_then(|w| w.memory).unwrap_or(0);
+    let memory = config.memory.unwrap_or_else(|| DEFAULT_MEMORY.max(needed.next_multiple_of(2 << 20)));
+    if memory < needed {
+        return Err(Error::Config(format!(
+            "the image's hermit.toml needs {} MiB of memory, {} MiB were given",
+            needed.div_ceil(1 << 20),
+            memory >> 20
+        )));
+    }
+    let wanted = wish.map_or(0, |w| w.cpus);
+    let cpus = config.cpus.unwrap_or(wanted.max(1));
+    if cpus == 0 {
+        return Err(Error::Config("a VM needs at least one vCPU".into()));
+    }
+    if cpus < wanted {
+        return Err(Error::Config(format!("the image's hermit.toml needs {wanted} vCPUs, {cpus} were given")));
+    }
+    if !config.affinity.is_empty() && config.affinity.len() != cpus as usize {
+        return Err(Error::Config(format!("affinity names {} host CPUs for {cpus} vCPUs", config.affinity.len())));
+    }
+    Ok((memory, cpus))
+}
+
+/// What the guest is told: by its device tree, and by hypercalls that agree with it.
+struct GuestInput {
+    kernel_args: Vec<String>,
+    args: Vec<String>,
+    environment: Vec<(String, String)>,
+    files: FileMap,
+    mounts: Vec<String>,
+    boot_time_ns: i128,
+}
+
+impl GuestInput {
+    /// Merges what the image's archive wishes with what the user wants.
+    fn new(
+        image: &Image,
+        kernel_args: Option<Vec<String>>,
+        args: Option<Vec<String>>,
+        environment: Vec<(String, String)>,
+        own_files: Vec<(String, Source)>,
+    ) -> Result<Self> {
+        let wish = image.config();
+        let mut files: Vec<(String, Source)> =
+            image.files().iter().map(|(path, data)| (path.clone(), Source::Bytes(data.clone()))).collect();
+        files.retain(|(path, _)| !own_files.iter().any(|(own, _)| own == path));
+        files.extend(own_files);
+        let files = FileMap::new(files)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(Self {
+            kernel_args: kernel_args.unwrap_or_else(|| wish.map(|w| w.kernel_args.clone()).unwrap_or_default()),
+            args: args.unwrap_or_else(|| wish.map(|w| w.app_args.clone()).unwrap_or_default()),
+            environment: merge_environment(wish.map_or(&[][..], |w| &w.env_vars), environment),
+            mounts: files.mounts(),
+            files,
+            boot_time_ns: i128::try_from(now.as_nanos()).unwrap_or(0),
+        })
+    }
+
+    /// What the hypercalls of interface 1 tell; newer kernels read the device tree.
+    fn command_line(&self, image: &Image) -> Result<CommandLine> {
+        if image.interface() == 1 {
+            CommandLine::new(Path::new(image.name()), &self.args, &self.environment)
+        } else {
+            Ok(CommandLine::default())
+        }
+    }
+
+    fn parameters(&self, cpus: u32) -> BootParameters<'_> {
+        BootParameters {
+            cpus,
+            tsc_khz: 0,
+            boot_time_ns: self.boot_time_ns,
+            kernel_args: &self.kernel_args,
+            app_args: &self.args,
+            environment: &self.environment,
+            mounts: &self.mounts,
+            has_pci: true,
+        }
+    }
+}
+
+/// Sets every vCPU to the image's entry.
+fn enter_image(state: &BootState, vcpus: &mut [Box<dyn Vcpu>]) -> Result<()> {
+    for (number, vcpu) in (0u64..).zip(vcpus) {
+        let mut system = vcpu.system_registers()?;
+        enter(&mut system, &state.system);
+        vcpu.set_system_registers(&system)?;
+        let mut registers = state.registers;
+        registers.general[RSI] = number;
+        vcpu.set_registers(&registers)?;
+    }
+    Ok(())
+}
+
+/// Takes what the boot protocol fixes over the reset state; task register, LDT and APIC base stay.
+fn enter(system: &mut SystemRegisters, boot: &SystemRegisters) {
+    (system.cs, system.ds, system.es, system.ss) = (boot.cs, boot.ds, boot.es, boot.ss);
+    (system.gdt, system.cr0, system.cr3, system.cr4, system.efer) = (boot.gdt, boot.cr0, boot.cr3, boot.cr4, boot.efer);
+}
+
+fn merge_environment(image: &[(String, String)], own: Vec<(String, String)>) -> Vec<(String, String)> {
+    let kept = image.iter().filter(|(key, _)| !own.iter().any(|(k, _)| k == key)).cloned();
+    let mut merged: Vec<_> = kept.collect();
+    merged.extend(own);
+    merged
+}
+
+/// 64 random bits of the kernel.
+fn random() -> u64 {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer is a local of that length.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if got == 8 { u64::from_ne_bytes(bytes) } else { Instant::now().elapsed().as_nanos().try_into().unwrap_or(0) }
+}
