@@ -13,7 +13,8 @@ that ends itself, with whatever code, is a result and not an exception.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
+from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, ClassVar
@@ -159,7 +160,7 @@ class GdbConnectionError(UhyveError, ConnectionError):
     """A connection to a gdb client can't be made, or broke."""
 
 
-class TimeoutExpired(UhyveError, TimeoutError):
+class TimeoutExpired(UhyveError, TimeoutError):  # noqa: N818 – as `subprocess` calls it
     """The time that a call was given is over, and what it waited for has not happened."""
 
     _fields = ("timeout", "output")

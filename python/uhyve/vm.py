@@ -13,12 +13,12 @@ import atexit
 import os
 import sys
 import threading
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from uhyve._core import Image, Machine
 from uhyve.errors import ConfigError, GuestCrashError, TimeoutExpired, VmStateError
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
@@ -35,7 +35,11 @@ __all__ = ["Record", "VcpuStats", "Vm", "VmResult", "VmStats", "parse_size"]
 MINIMUM_MEMORY: Final = 16 << 20
 MEMORY_STEP: Final = 2 << 20
 OUTPUT_LIMIT: Final = 64 << 20
-_UNITS: Final = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_UNITS: Final = {"": 1, "b": 1} | {
+    letter + ending: 1 << shift
+    for letter, shift in zip("kmgt", (10, 20, 30, 40), strict=True)
+    for ending in ("", "b", "ib")
+}
 
 
 def parse_size(text: str) -> int:
@@ -46,15 +50,13 @@ def parse_size(text: str) -> int:
     """
     size = text.strip()
     digits = len(size) - len(size.lstrip("0123456789."))
-    unit = size[digits:].strip().lower()
-    shift = _UNITS.get(unit.removesuffix("ib") or "?", _UNITS.get(unit.removesuffix("b")))
     try:
         value = float(size[:digits]) if "." in size[:digits] else int(size[:digits])
-    except ValueError:
-        shift = None
-    if shift is None:
-        raise ConfigError(f"{text!r} is not a size; write a number of bytes, or one with KiB, MiB or GiB, such as '64MiB'")
-    scaled = value * (1 << shift)
+        scaled = value * _UNITS[size[digits:].strip().lower()]
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"{text!r} is not a size; write bytes, or a number with KiB, MiB or GiB, such as '64MiB'"
+        ) from None
     if scaled != int(scaled):
         raise ConfigError(f"{text!r} is not a whole number of bytes")
     return int(scaled)
@@ -112,15 +114,12 @@ class VcpuStats(Record):
     def __init__(self, exits: dict[str, int], hypercalls: dict[str, int]) -> None:
         self._fill(exits, hypercalls)
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class VmStats(Record):
     """What a VM did, vCPU by vCPU. ``str()`` gives a table for people."""
 
     __slots__ = ("backend", "seconds", "vcpus")
-    _fields = ("vcpus", "backend", "seconds")
-    __match_args__ = _fields
+    __match_args__ = _fields = ("vcpus", "backend", "seconds")
 
     vcpus: tuple[VcpuStats, ...]
     """The counters of each vCPU, by number."""
@@ -131,8 +130,6 @@ class VmStats(Record):
 
     def __init__(self, vcpus: Iterable[VcpuStats], backend: str, seconds: float) -> None:
         self._fill(tuple(vcpus), backend, seconds)
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def exits(self) -> dict[str, int]:
@@ -184,8 +181,6 @@ class VmResult(Record):
 
     def __init__(self, code: int, output_bytes: bytes, truncated: bool, stats: VmStats) -> None:
         self._fill(code, output_bytes, truncated, stats)
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def output(self) -> str:
@@ -396,8 +391,8 @@ class Vm:
     def start(self) -> None:
         """Starts the guest and returns; it runs until its end, ``close()``, or the end of the last reference to this.
 
-        Raises ``VmStateError`` if a machine of this Vm runs already, ``ConfigError``, ``HypervisorError`` or ``OSError``
-        if none can be made.
+        Raises ``VmStateError`` if a machine of this Vm runs already, and ``ConfigError``, ``HypervisorError`` or
+        ``OSError`` if none can be made.
         """
         self._launch(debugging=False)
 
@@ -471,7 +466,9 @@ class Vm:
         run = _Run(debugging)
         with self._lock:
             if self._run is not None:
-                raise VmStateError("this Vm runs already: wait for its end or close() it, or make another Vm of the same image")
+                raise VmStateError(
+                    "this Vm runs already: wait for its end or close() it, or make another Vm of the same image"
+                )
             self._run, self._result = run, None
         try:
             arguments = {**self._arguments, "debugging": debugging}
@@ -513,7 +510,9 @@ class Vm:
         self._release(run)
         code = status["ended"]
         if code is None:
-            raise VmStateError("the VM was interrupted" if run.interrupted else "the VM was closed before its guest ended")
+            raise VmStateError(
+                "the VM was interrupted" if run.interrupted else "the VM was closed before its guest ended"
+            )
         result = result_of(machine, code)
         with self._lock:
             if self._run is None:
@@ -548,8 +547,7 @@ def is_alive(machine: Machine) -> bool:
     """Whether the guest of a machine has not ended."""
     try:
         status = machine.status()
-    except Exception:
-        # A crash, or a failure of the host.
+    except Exception:  # noqa: BLE001 – a crash or a failure of the host, which a callback may have raised
         return False
     return status is None or status.get("reason") not in (None, "exit", "crash")
 
@@ -625,13 +623,12 @@ def _output(output: Output) -> object:
     if isinstance(output, str):
         if output not in ("capture", "stdout", "none"):
             raise ConfigError(
-                f'output is {output!r}; it must be "capture", "stdout", "none", a callable, or a pathlib.Path for a file'
+                f'output is {output!r}; it must be "capture", "stdout", "none", a callable or a pathlib.Path'
             )
     elif not callable(output) and not isinstance(output, os.PathLike):
         hint = ": pass its write method" if hasattr(output, "write") else ""
-        raise TypeError(
-            f'output must be "capture", "stdout", "none", a callable, or a pathlib.Path, not {type(output).__name__}{hint}'
-        )
+        found = type(output).__name__ + hint
+        raise TypeError(f'output must be "capture", "stdout", "none", a callable, or a pathlib.Path, not {found}')
     return output
 
 

@@ -55,6 +55,10 @@ pub trait Vcpu: Send {
     fn fpu(&mut self) -> Result<FpuState>;
     /// Sets the x87 and SSE registers.
     fn set_fpu(&mut self, fpu: &FpuState) -> Result<()>;
+    /// Upper halves of the YMM registers.
+    fn ymm_high(&mut self) -> Result<[u128; 16]>;
+    /// Sets the upper halves of the YMM registers.
+    fn set_ymm_high(&mut self, high: &[u128; 16]) -> Result<()>;
     /// A model-specific register.
     fn msr(&mut self, index: u32) -> Result<u64>;
     /// Sets a model-specific register.

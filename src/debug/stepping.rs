@@ -348,30 +348,31 @@ impl Seat<'_> {
         }
         let needs = x86::needs(code);
         let machine = self.machine;
-        let cpu = &mut self.context().cpu;
-        let system = cpu.system_registers()?;
+        let cpu = self.context().cpu.as_mut();
         let registers = cpu.registers()?;
         if registers.rflags & RFLAGS_TF != 0 {
             return Ok(Emulation::Unsupported);
         }
-        let mut state = x86::CpuState { registers, system, ..Default::default() };
+        let mut state = x86::CpuState { registers, system: cpu.system_registers()?, ..Default::default() };
         if needs.fpu {
-            state.fpu = cpu.fpu()?;
-            state.xcr0 = cpu.xcr0()?;
-            state.tsc_aux = cpu.msr(IA32_TSC_AUX).unwrap_or(0);
+            fetch_fpu(cpu, &mut state)?;
         }
-        let before = state.fpu;
-        let mut bus = GuestBus {
-            view: machine.view(),
-            memory: &machine.memory,
-            mode: PagingMode::from(&system),
-            user: system.cs.selector & 3 == 3,
-        };
-        match x86::step_bytes(&mut state, &mut bus, code) {
+        let before = state;
+        let mode = PagingMode::from(&state.system);
+        let user = state.system.cs.selector & 3 == 3;
+        let mut bus = GuestBus { view: machine.view(), memory: &machine.memory, mode, user };
+        let outcome = x86::step_bytes(&mut state, &mut bus, code);
+        if state.fpu != before.fpu {
+            cpu.set_fpu(&state.fpu)?;
+        }
+        match outcome {
             x86::Outcome::Done | x86::Outcome::Repeat => {
                 cpu.set_registers(&state.registers)?;
-                if needs.fpu && state.fpu != before {
-                    cpu.set_fpu(&state.fpu)?;
+                if state.ymm_high != before.ymm_high {
+                    cpu.set_ymm_high(&state.ymm_high)?;
+                }
+                if needs.writes_system {
+                    cpu.set_system_registers(&state.system)?;
                 }
                 Ok(Emulation::Done)
             }
@@ -381,6 +382,20 @@ impl Seat<'_> {
             x86::Outcome::Unsupported => Ok(Emulation::Unsupported),
         }
     }
+}
+
+/// XCR0: the upper halves of the YMM registers are enabled.
+const XCR0_AVX: u64 = 4;
+
+/// The vector state that an SSE, x87 or XSAVE instruction works on.
+fn fetch_fpu(cpu: &mut dyn Vcpu, state: &mut x86::CpuState) -> Result<()> {
+    state.fpu = cpu.fpu()?;
+    state.xcr0 = cpu.xcr0()?;
+    state.tsc_aux = cpu.msr(IA32_TSC_AUX).unwrap_or(0);
+    if state.xcr0 & XCR0_AVX != 0 {
+        state.ymm_high = cpu.ymm_high()?;
+    }
+    Ok(())
 }
 
 /// Guest-virtual memory for the emulator, with the permissions of the guest's page tables.

@@ -1,6 +1,6 @@
 //! x87 instructions. Arithmetic, loads and stores are executed by the host's own FPU: the vCPU's state is loaded with
-//! FXRSTOR, one entry of a table of all x87 opcodes runs, and FXSAVE takes the state back. Exceptions are masked while the
-//! host executes; one that the guest has not masked makes the instruction unsupported.
+//! FXRSTOR, one entry of a table of all x87 opcodes runs, and FXSAVE takes the state back. Exceptions are masked while
+//! the host executes; one that the guest has not masked makes the instruction unsupported.
 
 use std::arch::asm;
 
@@ -202,10 +202,10 @@ fn run_on_host(opcode: Opcode, image: &mut Legacy, operand: &mut [u8; OPERAND], 
     } else {
         escape * 64 + usize::from(opcode.modrm & 0x3f)
     };
-    // SAFETY: the entry is below 576, so the jump stays within the two tables, which follow one another. The decoder has
-    // accepted the opcode, so it is valid; the instructions that could unmask exceptions or store more than 16 bytes are
-    // executed elsewhere. The areas are aligned and valid, the image masks every exception, and the host's x87 and SSE
-    // state is back before any other code runs. Of the flags only arithmetic ones can be set.
+    // SAFETY: the entry is below 576, so the jump stays within the two tables, which follow one another. The decoder
+    // has accepted the opcode, so it is valid; the instructions that could unmask exceptions or store more than 16
+    // bytes are executed elsewhere. The areas are aligned and valid, the image masks every exception, and the host's
+    // x87 and SSE state is back before any other code runs. Of the flags only arithmetic ones can be set.
     unsafe {
         asm!(
             "fxsave64 [{own}]",

@@ -276,7 +276,10 @@ fn compare_exchange(m: &mut Machine) -> Step {
         super::operand::from_bytes(&found.to_le_bytes()[..size])
     } else {
         let old = m.read(0, size)?;
-        m.write(0, size, if old == expected { new } else { old })?;
+        // Memory is written in either case; of a register that differs, the upper half stays too.
+        if old == expected || m.instruction.op_kind(0) == OpKind::Memory {
+            m.write(0, size, if old == expected { new } else { old })?;
+        }
         old
     };
     if old != expected {

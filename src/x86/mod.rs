@@ -172,8 +172,8 @@ impl From<BusError> for Outcome {
 pub struct Needs {
     /// [`CpuState::fpu`] (and for the XSAVE family `ymm_high` and `xcr0`).
     pub fpu: bool,
-    /// [`CpuState::system`]. Where it is false, only CS.L and CR4's LA57 and CET bits are looked at, and
-    /// [`CpuState::default`]'s values do for a guest that is known to run 64-bit code with four-level paging.
+    /// [`CpuState::system`]. Where it is false, only the mode is looked at (CS.L and the privilege level, CR0.AM, CR4's
+    /// LA57 and CET), and [`CpuState::default`]'s values do for a guest in 64-bit mode with four-level paging.
     pub system: bool,
     /// [`CpuState::system`] is changed, so that the caller has to write it back.
     pub writes_system: bool,
@@ -251,11 +251,23 @@ fn decode(code: &[u8], rip: u64) -> Result<Instruction, Outcome> {
     let instruction = decoder.decode();
     match decoder.last_error() {
         DecoderError::None => Ok(instruction),
-        // Longer than the architecture allows: #GP. Cut short by the end of readable memory: the caller has to see.
-        DecoderError::NoMoreBytes if code.len() == MAX_LENGTH => Err(Outcome::fault_zero(13)),
+        // Cut short by the end of readable memory: the caller has to see.
         DecoderError::NoMoreBytes => Err(Outcome::Unsupported),
+        _ if is_too_long(code) => Err(Outcome::fault_zero(13)),
         _ => Err(Outcome::fault(6)),
     }
+}
+
+/// Whether what makes bytes invalid is that the instruction does not end within [`MAX_LENGTH`]. iced reports that as
+/// any other invalid instruction; given fewer bytes, it says that some are missing.
+#[cold]
+fn is_too_long(code: &[u8]) -> bool {
+    if code.len() < MAX_LENGTH {
+        return false;
+    }
+    let mut decoder = Decoder::new(64, &code[..MAX_LENGTH - 1], DecoderOptions::NONE);
+    let _ = decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
 }
 
 /// Which registers the first instruction of `code` depends on. For bytes that are no instruction: none.

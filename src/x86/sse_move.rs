@@ -175,7 +175,8 @@ fn extract(m: &mut Machine, size: usize) -> Step {
     m.write(0, size, value)
 }
 
-/// INSERTPS: bits 7–6 of the immediate select the source lane (of a register), 5–4 the destination, 3–0 lanes to clear.
+/// INSERTPS: bits 7–6 of the immediate select the source lane (of a register), 5–4 the destination, 3–0 lanes to
+/// clear.
 fn insert_single(m: &mut Machine) -> Step {
     check_enabled(m)?;
     let control = u32::from(m.instruction.immediate8());

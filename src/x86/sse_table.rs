@@ -1,7 +1,7 @@
-//! The SSE instructions that the host's own CPU executes for the guest: one small function each, which loads its operands
-//! into XMM registers, executes the instruction and stores the result. Those that depend on MXCSR run under the guest's
-//! rounding control with all exceptions masked. Immediates select an entry of a jump table, since an instruction's
-//! immediate can't be a variable.
+//! The SSE instructions that the host's own CPU executes for the guest: one small function each, which loads its
+//! operands into XMM registers, executes the instruction and stores the result. Those that depend on MXCSR run under
+//! the guest's rounding control with all exceptions masked. Immediates select an entry of a jump table, since an
+//! instruction's immediate can't be a variable.
 //!
 //! All functions are `unsafe`: the pointers have to be valid for 16 bytes (not necessarily aligned), and the host has to
 //! have the instruction. [`find`] answers only with functions that the host has.

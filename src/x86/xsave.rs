@@ -1,10 +1,11 @@
 //! The instructions that move the whole x87, SSE and AVX state between the vCPU and memory: FXSAVE, FXRSTOR, XSAVE with
-//! its optimised and compacted forms, and XRSTOR. Layouts are those of the Intel manual, volume 1, sections 10.5 and 13.4.
-//! AVX is the only component beyond the legacy area; it lies at byte 576 in the standard and in the compacted format.
+//! its optimised and compacted forms, and XRSTOR. Layouts are those of the Intel manual, volume 1, sections 10.5 and
+//! 13.4. AVX is the only component beyond the legacy area; it lies at byte 576 in the standard and in the compacted format.
 
 use iced_x86::Mnemonic;
 
 use super::Outcome;
+use super::flags::flag;
 use super::fpu_environment::set_control_and_status;
 use super::operand::{Address, Machine, Step};
 use super::sse::{CR0_EM, MXCSR_VALID};
@@ -180,7 +181,7 @@ fn in_use(m: &Machine) -> u64 {
     let x87 = FpuState { xmm: initial.xmm, mxcsr: initial.mxcsr, ..*fpu } != initial;
     let sse = fpu.xmm != initial.xmm || fpu.mxcsr != initial.mxcsr;
     let avx = m.cpu.ymm_high != [0; 16];
-    u64::from(x87) * X87 | u64::from(sse) * SSE | u64::from(avx) * AVX
+    flag(x87, X87) | flag(sse, SSE) | flag(avx, AVX)
 }
 
 fn xsave(m: &mut Machine, is_wide: bool, format: Format) -> Step {

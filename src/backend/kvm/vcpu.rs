@@ -23,6 +23,10 @@ const MISC_ENABLE_FAST_STRINGS: u64 = 1;
 /// The general registers come with each exit for so many exits after somebody last asked for them. A guest that needs
 /// them at each exit (hypercalls of interface 2, breakpoints) saves an ioctl; one that never does, saves the copy.
 const SYNC_EXITS: u8 = 64;
+/// Words of the XSAVE area in its standard format (Intel SDM 1, 13.4): XSTATE_BV, and the upper halves of the YMM registers.
+const XSTATE_BV: usize = 512 / 4;
+const YMM_HIGH: usize = 576 / 4;
+const XSTATE_AVX: u32 = 4;
 const DR7_RESERVED: u64 = 0x400;
 /// DR7.LE and GE: exact breakpoints.
 const DR7_EXACT: u64 = 0x300;
@@ -312,6 +316,30 @@ impl Vcpu for KvmVcpu {
 
     fn set_fpu(&mut self, fpu: &FpuState) -> Result<()> {
         self.fd.set_fpu(&fpu.into()).map_err(failed("KVM_SET_FPU"))
+    }
+
+    fn ymm_high(&mut self) -> Result<[u128; 16]> {
+        let area = self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
+        let mut high = [0; 16];
+        if area.region[XSTATE_BV] & XSTATE_AVX != 0 {
+            for (register, words) in high.iter_mut().zip(area.region[YMM_HIGH..].chunks_exact(4)) {
+                *register = words.iter().rev().fold(0, |value, word| value << 32 | u128::from(*word));
+            }
+        }
+        Ok(high)
+    }
+
+    #[allow(clippy::cast_possible_truncation)]
+    fn set_ymm_high(&mut self, high: &[u128; 16]) -> Result<()> {
+        let mut area = self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
+        area.region[XSTATE_BV] |= XSTATE_AVX;
+        for (register, words) in high.iter().zip(area.region[YMM_HIGH..].chunks_exact_mut(4)) {
+            for (i, word) in words.iter_mut().enumerate() {
+                *word = (*register >> (32 * i)) as u32;
+            }
+        }
+        // SAFETY: no feature that makes the area larger than 4 KiB was enabled for this process's guests.
+        unsafe { self.fd.set_xsave(&area) }.map_err(failed("KVM_SET_XSAVE"))
     }
 
     fn msr(&mut self, index: u32) -> Result<u64> {

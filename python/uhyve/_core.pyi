@@ -1,0 +1,360 @@
+"""The Rust core. The package's ``Vm`` and ``Debugger`` are made of this; use those."""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any, Final, Literal, TypeAlias, final
+
+StopReason: TypeAlias = Literal["entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash", "exception"]
+_CompiledParts: TypeAlias = tuple[str, bytes, list[int]]
+"""Source, bytecode and constants of a condition."""
+
+__version__: Final[str]
+CONDITION_OPCODES: Final[dict[str, int]]
+"""The opcodes of conditions by name."""
+CONDITION_REGISTERS: Final[dict[str, int]]
+"""The registers of conditions by name, with the numbers that bytecode uses."""
+
+def probe_kvm() -> dict[str, Any]:
+    """What KVM on this machine really does, found out with small guests; once in a process.
+
+    ``native_ring0`` (bool), ``single_step`` (bool), ``block_interrupts`` (bool), ``int3`` (``"debug exit"``,
+    ``"internal error"`` or ``"not intercepted"``), ``hardware_breakpoints`` (how many of the four work),
+    ``watchpoints`` (bool). Raises ``HypervisorUnavailableError``, with advice, where there is none.
+    """
+
+def evaluate_condition(
+    code: bytes,
+    constants: list[int],
+    registers: dict[str, int],
+    memory: dict[int, bytes],
+    *,
+    vcpu: int = 0,
+    hits: int = 0,
+    reached: int = 0,
+) -> bool:
+    """Runs a compiled condition on given registers (0 where not given) and memory (pieces by address)."""
+
+@final
+class Image:
+    """A parsed and checked Hermit image: an ELF file, or a gzip'd archive with a kernel, files and a configuration."""
+
+    @staticmethod
+    def open(path: str | PathLike[str]) -> Image:
+        """Reads an image file. Raises ``ImageError``."""
+    @staticmethod
+    def from_bytes(name: str, data: bytes) -> Image:
+        """Parses an image in memory. Raises ``ImageError``, with that name."""
+    @staticmethod
+    def demo() -> Image:
+        """The guest that is part of the package."""
+    @property
+    def name(self) -> str:
+        """Its path, or the name that it was given."""
+    @property
+    def interface(self) -> int:
+        """The version of the hypercall interface that it announces: 1, 2 or 3."""
+    @property
+    def entry_version(self) -> int:
+        """The version of its entry: 3 or 4."""
+    @property
+    def hermit_version(self) -> str | None:
+        """The version of the Hermit kernel, if the image says."""
+    @property
+    def relocatable(self) -> bool:
+        """Whether it can be loaded at another address than it was linked at."""
+    @property
+    def files(self) -> list[str]:
+        """Guest paths of the files in the archive; empty for an ELF file."""
+
+@final
+class Machine:
+    """A running VM, from its start to its end."""
+
+    def __new__(cls, image: Image, arguments: dict[str, object]) -> Machine:
+        """Builds a machine and starts it. ``arguments`` has a key for each field of the configuration."""
+    def status(self) -> dict[str, Any] | None:
+        """The current state: None while running, otherwise what ``wait`` returns."""
+    def wait(self, timeout: float | None = None) -> dict[str, Any] | None:
+        """Waits for a stop or the end; None: ``timeout`` seconds are over.
+
+        A stop has ``reason``, ``vcpu``, ``pc``, ``number``, ``symbol``, and what belongs to its reason; an end has
+        ``ended``, the exit code, or None if the machine was closed. Raises ``GuestCrashError`` or the host's failure.
+        """
+    def resume(self, step: int | None = None) -> None:
+        """Starts the world; with ``step``, that vCPU executes one instruction while the others hold."""
+    def interrupt(self, timed_out: bool = False) -> bool:
+        """Asks for a stop. False if there is nothing to stop."""
+    def end(self) -> None:
+        """Ends the VM without waiting for its threads."""
+    def detach(self) -> None:
+        """Lets go of all breakpoints and runs on; the guest's end is then the VM's."""
+    def close(self) -> None:
+        """Ends the VM and waits for its threads."""
+    def add_breakpoint(
+        self,
+        address: int,
+        *,
+        location: str,
+        compiled: _CompiledParts | None,
+        predicate: Callable[[Hit], object] | None,
+        ignore: int,
+        temporary: bool,
+        vcpu: int | None,
+        enabled: bool,
+        name: str | None,
+        hardware: bool,
+    ) -> Breakpoint:
+        """Sets a breakpoint. From the moment that this returns it holds on every vCPU."""
+    def set_condition(
+        self,
+        breakpoint: Breakpoint,
+        compiled: _CompiledParts | None,
+        predicate: Callable[[Hit], object] | None,
+    ) -> None:
+        """Replaces a breakpoint's condition."""
+    def breakpoints(self) -> list[Breakpoint]:
+        """All breakpoints, by number."""
+    def registers(self, vcpu: int) -> Registers:
+        """A vCPU's registers, to be used while the world is stopped."""
+    def memory(self, vcpu: int) -> Memory:
+        """Memory as a vCPU sees it, to be used while the world is stopped."""
+    def resolve(self, location: str) -> int:
+        """The address of ``symbol``, ``symbol+0x10``, ``0x1234`` or ``*0x1234``. Raises ``BreakpointError``."""
+    def symbolize(self, address: int) -> tuple[str, int] | None:
+        """The symbol that covers an address, and the offset from its start."""
+    def output(self) -> tuple[bytes, bool]:
+        """What was captured of the console, and whether the limit cut it."""
+    def stats(self) -> list[dict[str, dict[str, int]]]:
+        """Each vCPU's ``exits`` and ``hypercalls`` by kind, those that aren't 0."""
+    @property
+    def cpus(self) -> int:
+        """The number of vCPUs."""
+    @property
+    def backend(self) -> str:
+        """The name of the back end."""
+    @property
+    def load_bias(self) -> int:
+        """What to add to an address of the image's file to get its address in the guest."""
+    @property
+    def ram(self) -> tuple[int, int]:
+        """Guest-physical start and size of RAM in bytes."""
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the start to now, or to the end."""
+
+@final
+class Breakpoint:
+    """A breakpoint of a machine."""
+
+    @property
+    def id(self) -> int:
+        """Its number, from 1."""
+    @property
+    def address(self) -> int:
+        """The guest-virtual address."""
+    @property
+    def location(self) -> str:
+        """The place as it was given."""
+    @property
+    def name(self) -> str | None:
+        """A name for messages."""
+    @property
+    def temporary(self) -> bool:
+        """Whether it is deleted when it has stopped the world once."""
+    @property
+    def vcpu(self) -> int | None:
+        """The only vCPU that it is for; None: all."""
+    @property
+    def reached(self) -> int:
+        """How many times a vCPU that it is for has met it."""
+    @property
+    def hits(self) -> int:
+        """How many of these times its conditions let through."""
+    @property
+    def ignore(self) -> int:
+        """How many arrivals will pass before the conditions are asked."""
+    def set_ignore(self, count: int) -> None:
+        """Sets how many arrivals to let pass from now on."""
+    @property
+    def enabled(self) -> bool:
+        """Whether it is looked at."""
+    def set_enabled(self, enabled: bool) -> None:
+        """Enables or disables it."""
+    @property
+    def deleted(self) -> bool:
+        """Whether it is gone."""
+    def delete(self) -> None:
+        """Deletes it; the guest's code is as it was."""
+    @property
+    def kind(self) -> Literal["int3", "debug register", "single-step"] | None:
+        """How the guest is made to leave there; None while disabled."""
+    def condition(self) -> str | Callable[[Hit], object] | None:
+        """The condition as it was given."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Hit:
+    """A vCPU that met a breakpoint. Usable only inside the callback that got it."""
+
+    @property
+    def vcpu(self) -> int:
+        """The number of the vCPU."""
+    @property
+    def pc(self) -> int:
+        """Where it is."""
+    @property
+    def breakpoint(self) -> Breakpoint:
+        """The breakpoint."""
+    @property
+    def symbol(self) -> str | None:
+        """``"symbol+0x10"`` for ``pc``, if known."""
+    @property
+    def registers(self) -> Registers:
+        """The registers of the vCPU."""
+    @property
+    def memory(self) -> Memory:
+        """Guest memory as the vCPU sees it."""
+    def arg(self, n: int) -> int:
+        """The n-th integer argument, 0 to 5, of the System V calling convention. Raises ``IndexError`` beyond."""
+
+@final
+class Registers:
+    """A vCPU's registers as attributes: each is fetched when it is touched, and written when it is set.
+
+    All are unsigned. Setting one to a number that doesn't fit it raises ``OverflowError``. ``dir()`` lists them.
+    """
+
+    rax: int
+    rcx: int
+    rdx: int
+    rbx: int
+    rsp: int
+    rbp: int
+    rsi: int
+    rdi: int
+    r8: int
+    r9: int
+    r10: int
+    r11: int
+    r12: int
+    r13: int
+    r14: int
+    r15: int
+    rip: int
+    pc: int
+    sp: int
+    rflags: int
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    cr8: int
+    efer: int
+    apic_base: int
+    cs: int
+    cs_base: int
+    cs_limit: int
+    cs_attributes: int
+    ds: int
+    ds_base: int
+    ds_limit: int
+    ds_attributes: int
+    es: int
+    es_base: int
+    es_limit: int
+    es_attributes: int
+    fs: int
+    fs_base: int
+    fs_limit: int
+    fs_attributes: int
+    gs: int
+    gs_base: int
+    gs_limit: int
+    gs_attributes: int
+    ss: int
+    ss_base: int
+    ss_limit: int
+    ss_attributes: int
+    tr: int
+    tr_base: int
+    tr_limit: int
+    tr_attributes: int
+    ldt: int
+    ldt_base: int
+    ldt_limit: int
+    ldt_attributes: int
+    gdt_base: int
+    gdt_limit: int
+    idt_base: int
+    idt_limit: int
+    xmm0: int
+    xmm1: int
+    xmm2: int
+    xmm3: int
+    xmm4: int
+    xmm5: int
+    xmm6: int
+    xmm7: int
+    xmm8: int
+    xmm9: int
+    xmm10: int
+    xmm11: int
+    xmm12: int
+    xmm13: int
+    xmm14: int
+    xmm15: int
+    st0: int
+    st1: int
+    st2: int
+    st3: int
+    st4: int
+    st5: int
+    st6: int
+    st7: int
+    fcw: int
+    fsw: int
+    ftw: int
+    fop: int
+    fip: int
+    fdp: int
+    mxcsr: int
+    kernel_gs_base: int
+
+    def to_dict(self) -> dict[str, int]:
+        """All registers by name."""
+
+@final
+class Memory:
+    """Guest memory, through a vCPU's page tables or by guest-physical address; little endian.
+
+    Bytes that a breakpoint has planted are never seen. Raises ``GuestFaultError`` where nothing is mapped, or no RAM.
+    """
+
+    @property
+    def physical(self) -> Memory:
+        """The same memory by guest-physical address."""
+    def read(self, address: int, length: int) -> bytes:
+        """``length`` bytes."""
+    def write(self, address: int, data: bytes) -> None:
+        """Writes bytes."""
+    def read_cstring(self, address: int, limit: int = 4096) -> bytes:
+        """The bytes up to a NUL, ``limit`` at most."""
+    def translate(self, address: int) -> int | None:
+        """The guest-physical address that a guest-virtual one is mapped to, or None."""
+    def read_u8(self, address: int) -> int: ...
+    def read_u16(self, address: int) -> int: ...
+    def read_u32(self, address: int) -> int: ...
+    def read_u64(self, address: int) -> int: ...
+    def read_i8(self, address: int) -> int: ...
+    def read_i16(self, address: int) -> int: ...
+    def read_i32(self, address: int) -> int: ...
+    def read_i64(self, address: int) -> int: ...
+    def write_u8(self, address: int, value: int) -> None: ...
+    def write_u16(self, address: int, value: int) -> None: ...
+    def write_u32(self, address: int, value: int) -> None: ...
+    def write_u64(self, address: int, value: int) -> None: ...
+    def write_i8(self, address: int, value: int) -> None: ...
+    def write_i16(self, address: int, value: int) -> None: ...
+    def write_i32(self, address: int, value: int) -> None: ...
+    def write_i64(self, address: int, value: int) -> None: ...

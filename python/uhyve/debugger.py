@@ -1,0 +1,670 @@
+"""A debugger in Python: it decides where the guest stops, looks at it while it stands still, and lets it go on.
+
+All vCPUs stop together and go on together. While they run, callbacks of breakpoints look at the vCPU that met one, with
+the others running on. Whatever is raised in a callback is raised by the call that let the guest run.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, overload
+
+from uhyve.errors import BreakpointError, TimeoutExpired, VmStateError
+from uhyve.vm import Record, result_of, stats_of, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, Literal, Self, TypeAlias
+
+    from uhyve import _core
+    from uhyve._core import Hit, Machine, Memory, Registers, StopReason
+    from uhyve.errors import GuestCrashError
+    from uhyve.vm import Vm, VmResult, VmStats
+
+    Callback: TypeAlias = Callable[[Hit], object]
+    Condition: TypeAlias = str | Callback | None
+
+__all__ = ["Breakpoint", "Debugger", "Frame", "Stop", "Vcpu"]
+
+
+class Debugger:
+    """Controls one machine, from before its first instruction to its end. Made by ``Vm.debug()``.
+
+    As a context manager it ends the machine, unless it has been detached::
+
+        with uhyve.Vm("app").debug() as dbg:
+            dbg.breakpoint("handle_request", condition="arg1 > 4096")
+            stop = dbg.cont(timeout=5)
+            print(stop, stop.frame.registers.rsi)
+
+    Methods that need the guest to stand still raise ``VmStateError`` while it runs, and the other way round; all raise
+    it after ``close()`` or ``detach()``.
+    """
+
+    def __init__(self, vm: Vm, machine: Machine) -> None:
+        self._vm = vm
+        self._machine = machine
+        self._breakpoints: dict[int, Breakpoint] = {}
+        self._stop: Stop | None = None
+        self._reported = 0
+        self._result: VmResult | None = None
+        self._left: str | None = None
+        self._vcpus = tuple(Vcpu(machine, number) for number in range(machine.cpus))
+        self._next_stop(None)
+
+    # Running and stopping
+
+    @overload
+    def cont(self, timeout: float | None = None, wait: Literal[True] = True) -> Stop: ...
+    @overload
+    def cont(self, timeout: float | None = None, *, wait: Literal[False]) -> None: ...
+    def cont(self, timeout: float | None = None, wait: bool = True) -> Stop | None:
+        """Lets all vCPUs run until the next stop, and returns it.
+
+        After ``timeout`` seconds the guest is stopped, with ``"timeout"`` for a reason. With ``wait=False`` this
+        returns None at once, and ``wait()`` gives the stop. ``KeyboardInterrupt`` stops the guest before it is raised.
+        Raises what a callback raised, with the guest stopped at its breakpoint.
+        """
+        self._resume(None)
+        return self._next_stop(timeout) if wait else None
+
+    def step(self, count: int = 1, vcpu: int | None = None, timeout: float | None = None) -> Stop:
+        """Executes ``count`` instructions on one vCPU while the others hold.
+
+        ``vcpu`` is the one that the current stop is about if not given. Ends early at any other stop, after ``timeout``
+        seconds too.
+        """
+        if count < 1:
+            raise ValueError(f"count is {count}; a step is at least one instruction")
+        chosen = self.stop.vcpu if vcpu is None else vcpu
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for _ in range(count):
+            self._resume(chosen)
+            stop = self._next_stop(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if stop.reason != "step":
+                break
+        return stop
+
+    def wait(self, timeout: float | None = None) -> Stop:
+        """Waits for the next stop; of a guest that stands still, gives the current one.
+
+        Raises ``TimeoutExpired`` when ``timeout`` seconds are over; the guest runs on. Otherwise raises what ``cont()``
+        raises.
+        """
+        self._check()
+        status = self._wait(timeout)
+        if status is None:
+            raise TimeoutExpired(f"the guest did not stop within {timeout:g} s", timeout=timeout, output=self.output)
+        return self._report(status)
+
+    def interrupt(self) -> None:
+        """Asks the guest to stop and returns; ``wait()``, here or in another thread, gives the stop.
+
+        Does nothing if the guest stands still. May be called from any thread, a callback or a signal handler.
+        """
+        self._check()
+        self._machine.interrupt()
+
+    def detach(self) -> Vm:
+        """Deletes all breakpoints and lets the guest run on; ``wait()`` of the returned Vm gives its result."""
+        self._check()
+        self._machine.detach()
+        self._left = "this debugger has been detached from its VM"
+        self._vm._detached(self._machine)
+        return self._vm
+
+    def close(self) -> None:
+        """Ends the machine, whatever it does. Does nothing after ``detach()`` or another ``close()``."""
+        if self._left is None:
+            # What the guest has come to is worth keeping.
+            self._current()
+            self._left = "this debugger is closed"
+            self._vm._release_machine(self._machine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Breakpoints
+
+    def breakpoint(
+        self,
+        where: str | int,
+        *,
+        condition: Condition = None,
+        ignore: int = 0,
+        temporary: bool = False,
+        vcpu: int | None = None,
+        enabled: bool = True,
+        name: str | None = None,
+        hardware: bool = False,
+    ) -> Breakpoint:
+        """Sets a breakpoint; from the moment that this returns it holds on every vCPU, running or not.
+
+        ``where`` is a symbol, ``"symbol+0x10"``, or an address. ``condition`` decides which hits stop the guest: text
+        in the language of ``uhyve.condition`` is compiled once and evaluated by the core; a callable is called with a
+        ``Hit`` on the thread of the vCPU, with other vCPUs running, and stops the guest by returning something true.
+        ``ignore`` is how many hits to let pass before the condition is asked. A ``temporary`` breakpoint is deleted
+        when it has stopped the guest once. With ``vcpu``, others pass. ``name`` is for messages. ``hardware`` asks for
+        a debug register, which holds when the guest overwrites its code.
+
+        Raises ``BreakpointError`` if the place is unknown or can't be had, ``ConditionError`` for bad text.
+
+        The breakpoint is a decorator, too::
+
+            @dbg.breakpoint("malloc")
+            def big(hit):
+                return hit.arg(0) > 1 << 20
+        """
+        self._check()
+        if isinstance(where, str):
+            address, location = self._machine.resolve(where), where
+        else:
+            address = _unsigned("a breakpoint's address", where)
+            location = f"{address:#x}"
+        compiled, predicate = _condition_parts(self._machine, condition)
+        core = self._machine.add_breakpoint(
+            address,
+            location=location,
+            compiled=compiled,
+            predicate=predicate,
+            ignore=_unsigned("ignore", ignore),
+            temporary=bool(temporary),
+            vcpu=None if vcpu is None else _unsigned("vcpu", vcpu, 32),
+            enabled=bool(enabled),
+            name=name,
+            hardware=bool(hardware),
+        )
+        return self._breakpoint_of(core)
+
+    @property
+    def breakpoints(self) -> list[Breakpoint]:
+        """All breakpoints, by number."""
+        return [self._breakpoint_of(core) for core in self._machine.breakpoints()]
+
+    # What there is to see
+
+    @property
+    def stop(self) -> Stop:
+        """Why the guest stands still. After ``close()``, why it last did. Raises ``VmStateError`` while it runs."""
+        stop = self._current() if self._left is None else self._stop
+        if stop is None:
+            raise VmStateError(self._left or "the guest is running: interrupt() it, or wait() for a stop")
+        return stop
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest is being executed."""
+        return self._left is None and self._current() is None
+
+    @property
+    def vm(self) -> Vm:
+        """The Vm that is being debugged."""
+        return self._vm
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs by number."""
+        return self._vcpus
+
+    @property
+    def registers(self) -> Registers:
+        """The registers of the vCPU that the current stop is about."""
+        return self._machine.registers(self.stop.vcpu)
+
+    @property
+    def memory(self) -> Memory:
+        """Guest memory as the vCPU that the current stop is about sees it."""
+        return self._machine.memory(self.stop.vcpu)
+
+    def symbol(self, name: str) -> int:
+        """The address of ``"symbol"`` or ``"symbol+0x10"`` in this machine. Raises ``BreakpointError`` if unknown."""
+        return self._machine.resolve(name)
+
+    def symbolize(self, address: int) -> str | None:
+        """``"symbol"`` or ``"symbol+0x10"`` for an address, None if no symbol covers it."""
+        return _symbol(self._machine, address)
+
+    @property
+    def load_bias(self) -> int:
+        """What to add to an address in the image's file to get the address in this machine."""
+        return self._machine.load_bias
+
+    @property
+    def output(self) -> str:
+        """What the console has captured so far."""
+        return text_of(self._machine)
+
+    @property
+    def stats(self) -> VmStats:
+        """Counters until now."""
+        return stats_of(self._machine)
+
+    @property
+    def result(self) -> VmResult | None:
+        """The result of a guest that has ended itself, else None."""
+        if self._result is None and self._left is None:
+            self._current()
+        return self._result
+
+    def __repr__(self) -> str:
+        stop = self._current() if self._left is None else None
+        return f"<Debugger of {self._vm!r}: {self._left or stop or 'the guest is running'}>"
+
+    # Inside
+
+    def _check(self) -> None:
+        if self._left is not None:
+            raise VmStateError(self._left)
+
+    def _resume(self, step: int | None) -> None:
+        self._check()
+        self._raise_unreported()
+        self._machine.resume(step)
+        self._stop = None
+
+    def _next_stop(self, timeout: float | None) -> Stop:
+        """Waits for a stop, and makes one when the time is over."""
+        status = self._wait(timeout)
+        if status is None:
+            self._machine.interrupt(timed_out=True)
+            status = self._wait(None)
+            assert status is not None
+        return self._report(status)
+
+    def _wait(self, timeout: float | None) -> dict[str, Any] | None:
+        try:
+            return self._machine.wait(timeout)
+        except BaseException:
+            # A signal handler raised: the guest stops, so that its user finds it standing still.
+            if self.running and self._machine.interrupt():
+                self._machine.wait()
+            raise
+
+    def _report(self, status: dict[str, Any]) -> Stop:
+        self._stop_of(status)
+        self._raise_unreported()
+        return self.stop
+
+    def _raise_unreported(self) -> None:
+        """Raises what a callback raised, once."""
+        stop = self._current()
+        if stop is not None and stop.number > self._reported:
+            self._reported = stop.number
+            if stop.exception is not None:
+                raise stop.exception
+
+    def _current(self) -> Stop | None:
+        """The stop that the machine is in, or None."""
+        try:
+            status = self._machine.status()
+        except Exception:  # noqa: BLE001 – the host has failed, and the call that let the guest run raised this
+            return self._stop
+        return None if status is None else self._stop_of(status)
+
+    def _stop_of(self, status: dict[str, Any]) -> Stop | None:
+        if "reason" not in status:
+            self._check()
+            raise VmStateError("the VM was interrupted or closed while its guest was being debugged")
+        if self._stop is None or self._stop.number != status["number"]:
+            core = status.get("breakpoint")
+            met = None if core is None else self._breakpoint_of(core)
+            crash: GuestCrashError | None = status.get("crash")
+            if crash is not None:
+                crash.output = self.output
+            self._stop = Stop(
+                status["reason"],
+                status["vcpu"],
+                status["pc"],
+                breakpoint=met,
+                code=status.get("code"),
+                symbol=status["symbol"],
+                message=status.get("message"),
+                number=status["number"],
+                hits=None if met is None else met.hits,
+                exception=status.get("exception"),
+                crash=crash,
+            )
+            object.__setattr__(self._stop, "_machine", self._machine)
+            if self._stop.code is not None:
+                self._result = result_of(self._machine, self._stop.code)
+        return self._stop
+
+    def _breakpoint_of(self, core: _core.Breakpoint) -> Breakpoint:
+        known = self._breakpoints.get(core.id)
+        if known is None:
+            known = self._breakpoints[core.id] = Breakpoint(self._machine, core)
+        return known
+
+
+class Breakpoint:
+    """A place in the guest, and a decision which arrivals there stop it. Made by ``Debugger.breakpoint()``."""
+
+    __slots__ = ("_core", "_machine")
+
+    def __init__(self, machine: Machine, core: _core.Breakpoint) -> None:
+        self._machine = machine
+        self._core = core
+
+    @property
+    def id(self) -> int:
+        """Its number; the first one is 1."""
+        return self._core.id
+
+    @property
+    def location(self) -> str:
+        """The place as it was given."""
+        return self._core.location
+
+    @property
+    def address(self) -> int:
+        """The guest-virtual address."""
+        return self._core.address
+
+    @property
+    def name(self) -> str | None:
+        """A name for messages."""
+        return self._core.name
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is looked at. Disabled, it costs the guest nothing. Can be set."""
+        return self._core.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._core.set_enabled(bool(enabled))
+
+    @property
+    def condition(self) -> Condition:
+        """The condition, text or callable, as it was given. Can be set; the next hit is judged by the new one."""
+        condition: Condition = self._core.condition()
+        return condition
+
+    @condition.setter
+    def condition(self, condition: Condition) -> None:
+        compiled, predicate = _condition_parts(self._machine, condition)
+        self._machine.set_condition(self._core, compiled, predicate)
+
+    @property
+    def ignore(self) -> int:
+        """How many hits will pass before the condition is asked. Can be set."""
+        return self._core.ignore
+
+    @ignore.setter
+    def ignore(self, count: int) -> None:
+        self._core.set_ignore(_unsigned("ignore", count))
+
+    @property
+    def temporary(self) -> bool:
+        """Whether it is deleted when it has stopped the guest once."""
+        return self._core.temporary
+
+    @property
+    def vcpu(self) -> int | None:
+        """The only vCPU that it is for; None: all."""
+        return self._core.vcpu
+
+    @property
+    def reached(self) -> int:
+        """How many times a vCPU that it is for has met it."""
+        return self._core.reached
+
+    @property
+    def hits(self) -> int:
+        """How many of these times its conditions let through."""
+        return self._core.hits
+
+    @property
+    def kind(self) -> str | None:
+        """How the guest is made to leave: "int3", "debug register" or "single-step"; None while disabled."""
+        return self._core.kind
+
+    @property
+    def deleted(self) -> bool:
+        """Whether it is gone."""
+        return self._core.deleted
+
+    def delete(self) -> None:
+        """Deletes it; the guest's code is as it was. Doing so twice is the same as once."""
+        self._core.delete()
+
+    def __call__(self, condition: Callback) -> Self:
+        """Makes a callable the condition: ``@dbg.breakpoint("main")``."""
+        self.condition = condition
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Breakpoint):
+            return self._core == other._core
+        return self._core == other
+
+    def __hash__(self) -> int:
+        return hash(self._core)
+
+    def __repr__(self) -> str:
+        name = f" {self.name!r}" if self.name else ""
+        place = self.location if self.location == f"{self.address:#x}" else f"{self.location} ({self.address:#x})"
+        condition = self.condition
+        wish = "" if condition is None else f" if {condition if isinstance(condition, str) else repr(condition)}"
+        state = "" if self.enabled else ", deleted" if self.deleted else ", disabled"
+        return f"<Breakpoint {self.id}{name} at {place}{wish}: {self.hits} of {self.reached} hits{state}>"
+
+
+class Vcpu:
+    """One vCPU of a machine that is being debugged. Usable while the guest stands still."""
+
+    __slots__ = ("_machine", "_number")
+
+    def __init__(self, machine: Machine, number: int) -> None:
+        self._machine = machine
+        self._number = number
+
+    @property
+    def number(self) -> int:
+        """Its number; the first one is 0."""
+        return self._number
+
+    @property
+    def registers(self) -> Registers:
+        """Its registers; each is fetched when it is touched, and written when it is set."""
+        return self._machine.registers(self._number)
+
+    @property
+    def memory(self) -> Memory:
+        """Guest memory through its page tables."""
+        return self._machine.memory(self._number)
+
+    @property
+    def pc(self) -> int:
+        """The address of its next instruction."""
+        return self.registers.rip
+
+    @property
+    def symbol(self) -> str | None:
+        """``"symbol+0x10"`` for ``pc``, if known."""
+        return _symbol(self._machine, self.pc)
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self._number}>"
+
+
+class Frame:
+    """Where a vCPU stands in the guest's code."""
+
+    __slots__ = ("_machine", "_vcpu", "pc")
+
+    pc: int
+    """The address of the next instruction."""
+
+    def __init__(self, machine: Machine, vcpu: int, pc: int) -> None:
+        self._machine = machine
+        self._vcpu = vcpu
+        self.pc = pc
+
+    @property
+    def function(self) -> str | None:
+        """The name of the function, if known."""
+        found = self._machine.symbolize(self.pc)
+        return None if found is None else found[0]
+
+    @property
+    def offset(self) -> int | None:
+        """Bytes from the function's start to ``pc``."""
+        found = self._machine.symbolize(self.pc)
+        return None if found is None else found[1]
+
+    @property
+    def registers(self) -> Registers:
+        """The registers of the vCPU."""
+        return self._machine.registers(self._vcpu)
+
+    @property
+    def memory(self) -> Memory:
+        """Guest memory as the vCPU sees it."""
+        return self._machine.memory(self._vcpu)
+
+    def __repr__(self) -> str:
+        return f"<Frame of vCPU {self._vcpu} at {_symbol(self._machine, self.pc) or format(self.pc, '#x')}>"
+
+
+class Stop(Record):
+    """Why the guest stands still, and where.
+
+    It works with ``match``::
+
+        match dbg.cont():
+            case Stop("breakpoint", vcpu, pc): ...
+            case Stop(reason="exit", code=code): ...
+    """
+
+    __slots__ = (
+        "_machine",
+        "breakpoint",
+        "code",
+        "crash",
+        "exception",
+        "hits",
+        "message",
+        "number",
+        "pc",
+        "reason",
+        "symbol",
+        "vcpu",
+    )
+    __match_args__ = _fields = (
+        "reason",
+        "vcpu",
+        "pc",
+        "breakpoint",
+        "code",
+        "symbol",
+        "message",
+        "number",
+        "hits",
+        "exception",
+        "crash",
+    )
+
+    reason: StopReason
+    """One of "entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash" or "exception"."""
+    vcpu: int
+    """The number of the vCPU that it is about."""
+    pc: int
+    """The address of that vCPU's next instruction."""
+    breakpoint: Breakpoint | None
+    """The breakpoint that stopped it, or whose callback raised."""
+    code: int | None
+    """The exit code of a guest that ended itself."""
+    symbol: str | None
+    """``"symbol+0x10"`` for ``pc``, if known."""
+    message: str | None
+    """More in words: what a crash was, or why a condition has no value."""
+    number: int
+    """Counts the stops of a machine, from 1."""
+    hits: int | None
+    """The breakpoint's ``hits`` then."""
+    exception: BaseException | None
+    """What a callback raised."""
+    crash: GuestCrashError | None
+    """How the guest crashed."""
+    _machine: Machine
+
+    def __init__(
+        self,
+        reason: StopReason,
+        vcpu: int,
+        pc: int,
+        breakpoint: Breakpoint | None = None,
+        code: int | None = None,
+        symbol: str | None = None,
+        message: str | None = None,
+        number: int = 0,
+        hits: int | None = None,
+        exception: BaseException | None = None,
+        crash: GuestCrashError | None = None,
+    ) -> None:
+        self._fill(reason, vcpu, pc, breakpoint, code, symbol, message, number, hits, exception, crash)
+
+    @property
+    def frame(self) -> Frame:
+        """The place of the vCPU, its registers and memory. These can be used until the guest runs again."""
+        return Frame(self._machine, self.vcpu, self.pc)
+
+    def __str__(self) -> str:
+        """One line for people, or more if the guest crashed."""
+        if self.reason == "exit":
+            return f"the guest has ended with code {self.code}"
+        if self.reason == "crash":
+            return f"the guest has crashed: {self.message}"
+        place = f"{self.symbol} ({self.pc:#x})" if self.symbol else f"{self.pc:#x}"
+        return f"vCPU {self.vcpu} stopped at {place}: {self._why()}"
+
+    def _why(self) -> str:
+        if self.breakpoint is None:
+            return self.reason
+        title = f"breakpoint {self.breakpoint.id}"
+        if self.breakpoint.name:
+            title += f" ({self.breakpoint.name})"
+        if self.exception is not None:
+            return f"the callback of {title} raised {type(self.exception).__name__}: {self.exception}"
+        return f"{title}, hit {self.hits}" if self.message is None else f"{title}: {self.message}"
+
+
+def _symbol(machine: Machine, address: int) -> str | None:
+    found = machine.symbolize(address)
+    if found is None:
+        return None
+    name, offset = found
+    return f"{name}+{offset:#x}" if offset else name
+
+
+def _condition_parts(
+    machine: Machine, condition: Condition
+) -> tuple[tuple[str, bytes, list[int]] | None, Callback | None]:
+    """A condition as the core takes it."""
+    if condition is None:
+        return None, None
+    if isinstance(condition, str):
+        # Loads the compiler of conditions (and `ast`) only for those who use it.
+        from uhyve.condition import compile_condition
+
+        parts = compile_condition(condition, machine.resolve)
+        return (parts.expression, parts.code, list(parts.constants)), None
+    if callable(condition):
+        return None, condition
+    raise TypeError(f"a condition is text, a callable or None, not {condition!r}")
+
+
+def _unsigned(what: str, value: int, bits: int = 64) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an integer, not {value!r}")
+    number = value.__index__()
+    if not 0 <= number < 1 << bits:
+        raise BreakpointError(f"{what} is {number:#x}; it must be an unsigned number of {bits} bits")
+    return number
