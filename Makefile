@@ -21,6 +21,8 @@ $(VENV)/made: pyproject.toml
 
 dev: $(VENV)/made ## make the environment, build the extension (release) and install it in place
 	$(BIN)/maturin develop --release --quiet
+	cargo build --release --quiet --bin uhyve
+	install target/release/uhyve $(BIN)/uhyve
 
 demo: dev ## from a fresh machine to a guest that Python stops and reads
 	@echo '== uhyve doctor'; $(BIN)/uhyve doctor

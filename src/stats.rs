@@ -1,4 +1,5 @@
-//! Counters of a VM: exits by kind and hypercalls by kind, per vCPU. A vCPU's thread writes only its own.
+//! Counters of a VM: exits by kind and hypercalls by kind, per vCPU. Queued port writes count for the vCPU whose
+//! thread took them from the queue.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -100,10 +101,9 @@ impl Stats {
     }
 }
 
-/// One writer, so a plain load and store is enough and saves a locked instruction.
 #[inline]
 fn bump(counter: &AtomicU64) {
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 fn load(counter: &AtomicU64) -> u64 {

@@ -1,6 +1,8 @@
 //! A vCPU's thread: it runs the guest, answers its exits, and comes to the engine's safe point when it is asked to.
 //! What it does at breakpoints and steps is in [`crate::debug::stepping`].
 
+use std::cell::Cell;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
@@ -21,8 +23,8 @@ pub struct Context {
     pub cpu: Box<dyn Vcpu>,
     /// The breakpoints at this address have been asked, and the instruction there has not been executed since.
     pub passed: Option<u64>,
-    /// A hypercall that waits for the host and was interrupted; it is made again before the guest goes on.
-    pub(crate) call: Option<PendingCall>,
+    /// Hypercalls of which the first waits for the host and was interrupted; they are made before the guest goes on.
+    pub(crate) calls: VecDeque<PendingCall>,
     /// The generation of the breakpoint table that the CPU is armed for.
     pub(crate) armed: Option<u64>,
     /// How it is armed.
@@ -42,7 +44,7 @@ pub(crate) struct PendingCall {
 impl Context {
     /// A vCPU that has not run.
     pub fn new(cpu: Box<dyn Vcpu>) -> Self {
-        Self { cpu, passed: None, call: None, armed: None, debug: GuestDebug::default() }
+        Self { cpu, passed: None, calls: VecDeque::new(), armed: None, debug: GuestDebug::default() }
     }
 }
 
@@ -64,6 +66,7 @@ pub(crate) struct Seat<'a> {
 
 /// The body of a vCPU's thread.
 pub(crate) fn main(machine: &Arc<Machine>, number: u32) {
+    enter_thread(machine, Some(number));
     let _ending = Ending { machine, number };
     if let Err(error) = serve(machine, number) {
         machine.engine.end(End::Failed(error));
@@ -84,7 +87,8 @@ impl Drop for Ending<'_> {
             context.cpu.unbind();
         }
         if std::thread::panicking() {
-            machine.engine.end(End::Killed);
+            let text = format!("the thread of vCPU {} has panicked, which is a bug of this hypervisor", self.number);
+            machine.engine.end(End::Failed(Error::VmState(text)));
         }
         // Counts the vCPU as standing still, so that no stop waits for it.
         if matches!(machine.engine.status(), crate::debug::engine::Status::Ended(_)) {
@@ -166,15 +170,17 @@ impl<'a> Seat<'a> {
     /// Finishes a pending port or memory access, so that the registers that others will read are true.
     pub fn settle_io(&mut self) -> Result<()> {
         while let Some(exit) = self.context().cpu.complete_io()? {
-            if self.handle(exit)? == Flow::Leave {
-                return Ok(());
-            }
+            // Whatever it is, what it began must be completed as well.
+            self.handle(exit)?;
         }
         Ok(())
     }
 
     /// Counts and answers an exit.
     pub fn handle(&mut self, exit: Exit) -> Result<Flow> {
+        // Port writes that KVM queued came before this exit.
+        let (machine, number) = (self.machine, self.number);
+        machine.drain(number, &|| machine.engine.is_requested(number))?;
         match exit {
             Exit::IoOut { port, size, count, value } => self.port_out(port, size, count, value),
             Exit::IoIn { port, size, .. } => {
@@ -232,24 +238,29 @@ impl<'a> Seat<'a> {
     /// String output. Bytes for the console are text like any other; no other port takes strings.
     fn string_out(&mut self, port: u16, size: u8) -> Result<Flow> {
         let machine = self.machine;
+        let mut flow = Flow::Continue;
         match hypercall::identify(port) {
             Some(call) if call.kind() == hypercall::Kind::SerialWriteByte && size == 1 => {
                 let text = self.context().cpu.io_data().to_vec();
                 for byte in text {
                     machine.stats.count_hypercall(self.number, call.kind());
-                    if self.call(PendingCall { call, data: byte.into(), size: 1, rdi: byte.into(), progress: 0 })?
-                        == Flow::Leave
-                    {
-                        return Ok(Flow::Leave);
-                    }
+                    flow = self.call(PendingCall { call, data: byte.into(), size: 1, rdi: byte.into(), progress: 0 })?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),
         }
-        Ok(Flow::Continue)
+        Ok(flow)
     }
 
-    fn call(&mut self, mut pending: PendingCall) -> Result<Flow> {
+    fn call(&mut self, pending: PendingCall) -> Result<Flow> {
+        if self.context().calls.is_empty() {
+            return self.dispatch(pending);
+        }
+        self.context().calls.push_back(pending);
+        Ok(Flow::Leave)
+    }
+
+    fn dispatch(&mut self, mut pending: PendingCall) -> Result<Flow> {
         let (machine, number) = (self.machine, self.number);
         let cpu = &mut self.context().cpu;
         let mut mode: Option<Option<PagingMode>> = None;
@@ -271,7 +282,7 @@ impl<'a> Seat<'a> {
             Outcome::Done => Ok(Flow::Continue),
             Outcome::Exit(code) => self.exit(code),
             Outcome::Interrupted => {
-                self.context().call = Some(pending);
+                self.context().calls.push_front(pending);
                 Ok(Flow::Leave)
             }
             Outcome::Crash(what) => self.crash(CrashReason::Hypercall { what }),
@@ -283,10 +294,12 @@ impl<'a> Seat<'a> {
 
     /// Makes an interrupted hypercall again. Nothing of the guest runs before it is done.
     pub fn resume_call(&mut self) -> Result<Flow> {
-        match self.context().call.take() {
-            Some(pending) => self.call(pending),
-            None => Ok(Flow::Continue),
+        while let Some(pending) = self.context().calls.pop_front() {
+            if self.dispatch(pending)? == Flow::Leave {
+                return Ok(Flow::Leave);
+            }
         }
+        Ok(Flow::Continue)
     }
 
     fn port_in(&mut self, port: u16, size: u8) {
@@ -342,24 +355,37 @@ impl<'a> Seat<'a> {
 }
 
 thread_local! {
-    static CURRENT: std::cell::Cell<Option<u32>> = const { std::cell::Cell::new(None) };
+    /// The VM that this thread belongs to, and its vCPU.
+    static THREAD: Cell<Option<(*const Machine, Option<u32>)>> = const { Cell::new(None) };
+    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The vCPU whose callback runs on this thread, if one does.
-pub fn current() -> Option<u32> {
-    CURRENT.get()
+/// Marks the calling thread as one of the VM's own, until it ends.
+pub(crate) fn enter_thread(machine: &Machine, vcpu: Option<u32>) {
+    THREAD.set(Some((std::ptr::from_ref(machine), vcpu)));
 }
 
-/// Marks the calling thread as inside a callback of that vCPU until the guard is dropped, and the callback's view of
+/// Whether the calling thread is one of the VM's own: whoever gets here is a callback, and must not wait for the VM.
+pub fn is_own_thread(machine: &Machine) -> bool {
+    THREAD.get().is_some_and(|(own, _)| std::ptr::eq(own, machine))
+}
+
+/// The vCPU of this VM whose breakpoint's callback runs on the calling thread. Its context is not locked.
+pub fn current(machine: &Machine) -> Option<u32> {
+    let (own, vcpu) = THREAD.get()?;
+    vcpu.filter(|_| std::ptr::eq(own, machine) && IN_CALLBACK.get())
+}
+
+/// Marks the calling thread as inside a breakpoint's callback until the guard is dropped, and the callback's view of
 /// the vCPU as dead from then on.
-pub(crate) fn enter_callback(vcpu: u32, alive: &Arc<AtomicBool>) -> impl Drop + use<> {
+pub(crate) fn enter_callback(alive: &Arc<AtomicBool>) -> impl Drop + use<> {
     struct Leave(Arc<AtomicBool>);
     impl Drop for Leave {
         fn drop(&mut self) {
             self.0.store(false, Ordering::SeqCst);
-            CURRENT.set(None);
+            IN_CALLBACK.set(false);
         }
     }
-    CURRENT.set(Some(vcpu));
+    IN_CALLBACK.set(true);
     Leave(alive.clone())
 }

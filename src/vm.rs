@@ -4,33 +4,41 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::backend::{self, Backend, Capabilities, MachineOptions, Vcpu};
+use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootParameters, BootState, Image, Layout};
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
 use crate::debug::view::View;
-use crate::devices::pci::Pci;
+use crate::devices::pci::{self, Pci};
 use crate::devices::serial::{Output, Serial};
 use crate::error::{Error, Result};
-use crate::hypercall::{CommandLine, Services};
+use crate::hypercall::{CommandLine, Kind, Services};
 use crate::isolation::landlock::{self, FileIsolation};
 use crate::isolation::{FileMap, Files, IoMode, Scratch, Source};
 use crate::memory::{Backing, GuestMemory};
 use crate::paging::{self, PagingMode};
 use crate::registers::{RSI, SystemRegisters};
-use crate::stats::Stats;
+use crate::stats::{ExitKind, Stats};
 use crate::vcpu::{self, Context};
 
 /// RAM of a VM whose user and image don't say.
 pub const DEFAULT_MEMORY: u64 = 64 << 20;
 /// How long a line of console output without its end waits for more.
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
+
+/// The console's byte port of interface 1: most exits of a booting kernel are its messages, byte by byte.
+const CONSOLE_PORT: u16 = uhyve_interface::v1::HypercallAddress::Uart as u16;
+/// How often queued port writes are looked for while no exit takes them.
+const DRAIN_EVERY: Duration = Duration::from_millis(20);
+/// Entries of the environment with which kernels that forget its terminating null find one behind it: four are enough
+/// on all images of Hermit 0.6.9, by trying 0 to 12.
+const QUIRK_ENVIRONMENT: usize = 8;
 
 /// Wraps the body of each vCPU thread: a front end's chance to prepare the thread for its callbacks.
 pub type ThreadWrapper = Arc<dyn Fn(&mut dyn FnMut()) + Send + Sync>;
@@ -98,7 +106,10 @@ pub struct Machine {
     /// Breakpoints.
     pub table: RwLock<Table>,
     generation: AtomicU64,
+    resuming: Mutex<()>,
     contexts: Vec<Mutex<Option<Context>>>,
+    coalesced: Option<Arc<dyn Coalesced>>,
+    pump: Pump,
     backend: Arc<dyn Backend>,
     symbols: OnceLock<SymbolTable>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -124,7 +135,8 @@ impl Machine {
         let tree = boot::device_tree_size(&parameters)?;
         let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut random)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
-        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm };
+        let coalesced_ports = vec![(CONSOLE_PORT, 1), (pci::ADDRESS, 4)];
+        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports };
         let backend = backend::open(&config.backend, &memory, &options)?;
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
@@ -142,6 +154,9 @@ impl Machine {
             engine: Engine::new(cpus, debugging),
             table: RwLock::new(Table::default()),
             generation: AtomicU64::new(0),
+            resuming: Mutex::new(()),
+            coalesced: backend.coalesced(),
+            pump: Pump::default(),
             contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
             backend,
             symbols: OnceLock::new(),
@@ -157,6 +172,7 @@ impl Machine {
     }
 
     fn spawn(self: &Arc<Self>, cpus: u32, wrapper: Option<ThreadWrapper>) -> Result<()> {
+        self.spawn_pump()?;
         for number in 0..cpus {
             let (machine, wrapper) = (self.clone(), wrapper.clone());
             let body = move || match wrapper {
@@ -234,12 +250,20 @@ impl Machine {
         hit: &crate::debug::breakpoints::Hit,
         f: impl FnOnce(&mut Context) -> Result<T>,
     ) -> Result<T> {
-        let mut guard = self.lock_context(hit.vcpu);
-        if !hit.alive.load(Ordering::SeqCst) {
-            return Err(Error::VmState(
-                "this hit is over: a Hit can be used only inside the callback that got it".into(),
-            ));
-        }
+        let check = || {
+            let text = "this hit is over: a Hit can be used only inside the callback that got it";
+            if hit.alive.load(Ordering::SeqCst) { Ok(()) } else { Err(Error::VmState(text.into())) }
+        };
+        let mut guard = loop {
+            check()?;
+            match self.contexts[hit.vcpu as usize].try_lock() {
+                Ok(guard) => break guard,
+                Err(std::sync::TryLockError::Poisoned(e)) => break e.into_inner(),
+                // Another thread reads it just now, or the callback has returned and the vCPU runs.
+                Err(std::sync::TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        };
+        check()?;
         f(guard.as_mut().ok_or_else(|| Error::VmState("the VM is closed".into()))?)
     }
 
@@ -278,12 +302,17 @@ impl Machine {
     /// Changes the breakpoint table with no vCPU running, and makes the sites agree with it. If that fails, `undo` is
     /// applied and the sites are as before.
     fn change_table<T>(&self, change: impl FnOnce(&mut Table) -> T, undo: impl FnOnce(&mut Table, &T)) -> Result<T> {
+        let current = vcpu::current(self);
+        if vcpu::is_own_thread(self) && current.is_none() {
+            // Its vCPU is in the middle of an instruction, and nobody may wait for it here.
+            return Err(Error::VmState("a console callback can't change breakpoints".into()));
+        }
         let capabilities = self.capabilities()?;
-        let owner = vcpu::current().map_or(Owner::FrontEnd, Owner::Vcpu);
+        let owner = current.map_or(Owner::FrontEnd, Owner::Vcpu);
         let closed = || Error::VmState("the VM is closed".into());
         let exclusive = self.engine.exclusive(owner).ok_or_else(closed)?;
         let mode = {
-            let mut guard = self.lock_context(vcpu::current().unwrap_or(0));
+            let mut guard = self.lock_context(current.unwrap_or(0));
             PagingMode::from(&guard.as_mut().ok_or_else(closed)?.cpu.system_registers()?)
         };
         let mut translate = |address: u64| paging::translate(&self.memory, &mode, address).ok().map(|t| t.physical);
@@ -341,17 +370,22 @@ impl Machine {
 
     /// Resumes by a plan, unless something that was found before and not reported still holds: that is the next stop.
     pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
-        if vcpu::current().is_some() {
+        if vcpu::is_own_thread(self) {
             return Err(Error::VmState(
                 "a callback can't resume the guest: return False (or None) to let it run on, True to stop it".into(),
             ));
         }
-        self.engine.check_stopped()?;
+        // One at a time: nobody starts the world while another one looks whether it should.
+        let _turn = self.resuming.lock().unwrap_or_else(|e| e.into_inner());
+        let stop = self.engine.check_stopped()?;
+        self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
         if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
-        self.engine.resume(plan)
+        self.engine.resume(plan)?;
+        self.pump.wake();
+        Ok(())
     }
 
     /// Whether an event that waited is still true: its vCPU stands where it stood, and its breakpoint is there.
@@ -372,32 +406,11 @@ impl Machine {
         deadline: Option<Instant>,
         check: &mut dyn FnMut() -> Result<(), E>,
     ) -> Result<Option<Status>, E> {
-        if vcpu::current().is_some() {
+        if vcpu::is_own_thread(self) {
             return Err(Error::VmState("a callback can't wait for the guest: return a decision instead".into()).into());
         }
         let waiter = engine::waiter()?;
-        let notifier = Arc::downgrade(&waiter);
-        self.console.set_notifier(Box::new(move || {
-            if let Some(waiter) = notifier.upgrade() {
-                let _ = waiter.write(1);
-            }
-        }));
-        let mut since: Option<Instant> = None;
-        let mut tick = || {
-            if !self.console.has_unflushed() {
-                since = None;
-                return None;
-            }
-            let age = since.get_or_insert_with(Instant::now).elapsed();
-            if age < FLUSH_AFTER {
-                return Some(FLUSH_AFTER - age);
-            }
-            // What the sink does not take now, it takes later.
-            let _ = self.console.flush(&|| true);
-            since = Some(Instant::now());
-            self.console.has_unflushed().then_some(FLUSH_AFTER)
-        };
-        let status = self.engine.wait_for_stop(deadline, check, &mut tick, &waiter)?;
+        let status = self.engine.wait_for_stop(deadline, check, &waiter)?;
         if status.is_some() {
             self.flush(check)?;
         }
@@ -409,6 +422,7 @@ impl Machine {
 
     /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that.
     fn flush<E: From<Error>>(&self, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
+        self.drain(0, &|| false)?;
         let failure = RefCell::new(None);
         let check = RefCell::new(check);
         let flushed = self.console.flush(&|| match (check.borrow_mut())() {
@@ -427,6 +441,63 @@ impl Machine {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Takes the port writes that wait in the queue. What is counted, is for `vcpu`.
+    pub(crate) fn drain(&self, vcpu: u32, cancelled: &dyn Fn() -> bool) -> Result<()> {
+        let Some(queue) = self.coalesced.as_ref().filter(|q| !q.is_empty()) else { return Ok(()) };
+        let mut failure = None;
+        queue.drain(&mut |port, data| {
+            if port != CONSOLE_PORT {
+                let mut value = [0; 4];
+                let length = data.len().min(value.len());
+                value[..length].copy_from_slice(&data[..length]);
+                self.pci.write(port, u8::try_from(length).expect("at most four"), u32::from_le_bytes(value));
+                self.stats.count(vcpu, ExitKind::PciWrite);
+                return true;
+            }
+            match self.console.write(&data[..1], cancelled) {
+                Ok(()) => {
+                    self.stats.count_hypercall(vcpu, Kind::SerialWriteByte);
+                    true
+                }
+                Err(source) if source.kind() == std::io::ErrorKind::Interrupted => false,
+                Err(source) => {
+                    failure = Some(Error::Host { what: "console output".into(), source });
+                    false
+                }
+            }
+        });
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Starts the thread that brings console output out while nobody else does: queued bytes of a guest that makes no
+    /// exits, and the beginning of a line that does not end.
+    fn spawn_pump(self: &Arc<Self>) -> Result<()> {
+        let machine = self.clone();
+        self.console.set_notifier(Box::new({
+            let pump = self.pump.clone();
+            move || pump.wake()
+        }));
+        let every = self.coalesced.is_some().then_some(DRAIN_EVERY);
+        let body = move || {
+            vcpu::enter_thread(&machine, None);
+            // While the world stands still, nothing comes into the queue.
+            while machine.pump.sleep(every.filter(|_| matches!(machine.engine.status(), Status::Running))) {
+                let ended = || machine.pump.is_over();
+                if let Err(error) = machine.drain(0, &ended) {
+                    machine.engine.end(End::Failed(error));
+                }
+                if machine.console.has_unflushed() && machine.pump.linger(FLUSH_AFTER) {
+                    // What the sink does not take now, it takes later.
+                    let _ = machine.console.flush(&|| true);
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("uhyve-console".into()).spawn(body);
+        let handle = thread.map_err(|source| Error::Host { what: "can't start the console thread".into(), source })?;
+        self.threads().push(handle);
+        Ok(())
     }
 
     /// A temporary breakpoint is gone once it has stopped the world.
@@ -459,11 +530,13 @@ impl Machine {
         for breakpoint in self.breakpoints() {
             self.delete_breakpoint(&breakpoint)?;
         }
-        self.engine.detach()
+        self.engine.detach()?;
+        self.pump.wake();
+        Ok(())
     }
 
-    /// Ends the VM, whatever it does, and waits for its threads. May be called more than once, and from any thread
-    /// but a vCPU's.
+    /// Ends the VM, whatever it does, and waits for its threads, unless it is called by one of them. May be called more
+    /// than once.
     pub fn close(&self) {
         self.engine.end(End::Killed);
         self.join();
@@ -471,26 +544,82 @@ impl Machine {
 
     /// Waits for the vCPU threads of a VM that has ended.
     pub fn join(&self) {
-        let own = std::thread::current().id();
-        let threads: Vec<_> = self.threads().drain(..).filter(|t| t.thread().id() != own).collect();
-        let mut panic = None;
-        for thread in threads {
+        self.pump.end();
+        if vcpu::is_own_thread(self) {
+            return;
+        }
+        // Held meanwhile, so that another caller waits, too.
+        let mut threads = self.threads();
+        for thread in threads.drain(..) {
             while !thread.is_finished() {
                 self.engine.kick_late();
                 std::thread::park_timeout(Duration::from_micros(200));
             }
-            if let Err(payload) = thread.join() {
-                panic = Some(payload);
+            if thread.join().is_err() {
+                log::error!("a thread of the VM has panicked");
             }
         }
+        drop(threads);
         self.ended.get_or_init(|| self.started.elapsed());
+        let _ = self.drain(0, &|| true);
         let _ = self.console.flush(&|| true);
         for context in &self.contexts {
             drop(context.lock().unwrap_or_else(|e| e.into_inner()).take());
         }
-        if let Some(payload) = panic {
-            std::panic::resume_unwind(payload);
+    }
+}
+
+/// Puts the console thread to sleep and wakes it.
+#[derive(Clone, Default)]
+struct Pump {
+    state: Arc<(Mutex<PumpState>, Condvar)>,
+}
+
+#[derive(Default)]
+struct PumpState {
+    woken: bool,
+    over: bool,
+}
+
+impl Pump {
+    fn lock(&self) -> MutexGuard<'_, PumpState> {
+        self.state.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn wake(&self) {
+        self.lock().woken = true;
+        self.state.1.notify_all();
+    }
+
+    fn end(&self) {
+        self.lock().over = true;
+        self.state.1.notify_all();
+    }
+
+    fn is_over(&self) -> bool {
+        self.lock().over
+    }
+
+    /// Sleeps until woken, or for `every`. False: the VM is over.
+    fn sleep(&self, every: Option<Duration>) -> bool {
+        let mut state = self.lock();
+        let until = every.map(|d| Instant::now() + d);
+        while !state.woken && !state.over {
+            state = match until.map(|u| u.saturating_duration_since(Instant::now())) {
+                None => self.state.1.wait(state).unwrap_or_else(|e| e.into_inner()),
+                Some(Duration::ZERO) => break,
+                Some(left) => self.state.1.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0,
+            };
         }
+        state.woken = false;
+        !state.over
+    }
+
+    /// Sleeps for `time`. False: the VM is over.
+    fn linger(&self, time: Duration) -> bool {
+        let state = self.lock();
+        let wait = self.state.1.wait_timeout_while(state, time, |s| !s.over);
+        !wait.unwrap_or_else(|e| e.into_inner()).0.over
     }
 }
 
@@ -558,7 +687,11 @@ impl GuestInput {
     /// What the hypercalls of interface 1 tell; newer kernels read the device tree.
     fn command_line(&self, image: &Image) -> Result<CommandLine> {
         if image.interface() == 1 {
-            CommandLine::new(Path::new(image.name()), &self.args, &self.environment)
+            let mut command_line = CommandLine::new(Path::new(image.name()), &self.args, &self.environment)?;
+            if image.walks_past_its_environment() {
+                command_line.pad_environment(QUIRK_ENVIRONMENT);
+            }
+            Ok(command_line)
         } else {
             Ok(CommandLine::default())
         }

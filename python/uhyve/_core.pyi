@@ -4,7 +4,20 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any, Final, Literal, TypeAlias, final
 
-StopReason: TypeAlias = Literal["entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash", "exception"]
+__all__ = [
+    "CONDITION_OPCODES",
+    "CONDITION_REGISTERS",
+    "Breakpoint",
+    "Hit",
+    "Image",
+    "Machine",
+    "Memory",
+    "Registers",
+    "__version__",
+    "evaluate_condition",
+    "probe_kvm",
+]
+
 _CompiledParts: TypeAlias = tuple[str, bytes, list[int]]
 """Source, bytecode and constants of a condition."""
 
@@ -172,14 +185,14 @@ class Breakpoint:
         """How many of these times its conditions let through."""
     @property
     def ignore(self) -> int:
-        """How many arrivals will pass before the conditions are asked."""
-    def set_ignore(self, count: int) -> None:
-        """Sets how many arrivals to let pass from now on."""
+        """How many arrivals will pass before the conditions are asked. Can be set."""
+    @ignore.setter
+    def ignore(self, count: int, /) -> None: ...
     @property
     def enabled(self) -> bool:
-        """Whether it is looked at."""
-    def set_enabled(self, enabled: bool) -> None:
-        """Enables or disables it."""
+        """Whether it is looked at. Can be set."""
+    @enabled.setter
+    def enabled(self, enabled: bool, /) -> None: ...
     @property
     def deleted(self) -> bool:
         """Whether it is gone."""
@@ -188,6 +201,7 @@ class Breakpoint:
     @property
     def kind(self) -> Literal["int3", "debug register", "single-step"] | None:
         """How the guest is made to leave there; None while disabled."""
+    @property
     def condition(self) -> str | Callable[[Hit], object] | None:
         """The condition as it was given."""
     def __eq__(self, other: object, /) -> bool: ...

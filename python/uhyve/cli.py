@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,12 +21,23 @@ import click
 import uhyve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from uhyve.doctor import Diagnosis
 
-__all__ = ["EXIT_CRASH", "EXIT_HOST", "EXIT_INTERRUPT", "EXIT_PIPE", "EXIT_TIMEOUT", "EXIT_USAGE", "main"]
+__all__ = [
+    "EXIT_CRASH",
+    "EXIT_HOST",
+    "EXIT_INTERRUPT",
+    "EXIT_PIPE",
+    "EXIT_SCRIPT",
+    "EXIT_TIMEOUT",
+    "EXIT_USAGE",
+    "main",
+]
 
+EXIT_SCRIPT = 1
+"""A script of ``uhyve debug``, or a callback in it, raised."""
 EXIT_USAGE = 2
 """Wrong usage, configuration or image."""
 EXIT_TIMEOUT = 124
@@ -160,8 +172,14 @@ def _configuration_file(path: str | None) -> Path | None:
     if path is not None:
         return Path(path)
     home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    found = (file for file in (Path("uhyve.toml"), home / "uhyve" / "uhyve.toml") if file.is_file())
-    return next(found, None)
+    for file in (Path("uhyve.toml"), home / "uhyve" / "uhyve.toml"):
+        try:
+            if file.is_file():
+                return file
+        except OSError:
+            # A directory that this user may not look into has no configuration for it.
+            continue
+    return None
 
 
 def _setting(file: Path, name: str, value: Any) -> dict[str, Any]:
@@ -361,7 +379,7 @@ def debug(
     timeout: float | None,
     **flags: Any,
 ) -> None:
-    """Runs IMAGE under the debugger: at a Python prompt, or by breakpoints and scripts.
+    """Runs IMAGE under the debugger.
 
     The guest stands still before its first instruction while the breakpoints are set and FILE is run. Then, on a
     terminal, a Python prompt controls it; otherwise each stop is printed on the standard error output, and the guest
@@ -375,13 +393,11 @@ def debug(
         session.set_breakpoints(places)
         if script is not None:
             session.run_script(Path(script))
-        if session.is_over():
-            pass
-        elif prompt:
+        if prompt and not session.is_over():
             session.interact()
         else:
             session.run_to_end()
-        code = session.exit_code(prompt)
+        code = session.exit_code()
         if settings.stats:
             _say(str(dbg.stats))
     _finish(code)
@@ -390,7 +406,11 @@ def debug(
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def doctor(as_json: bool) -> None:
-    """Looks at this machine: can guests run, how fast, and what can be debugged? Ends with 1 if they can't run."""
+    """Looks at what this machine can do.
+
+    It runs small guests to find out what KVM really does, and says what to do about what is missing. Ends with 1 if
+    guests can't run here.
+    """
     from uhyve.doctor import diagnose
 
     diagnosis = diagnose()
@@ -407,7 +427,10 @@ def doctor(as_json: bool) -> None:
 @click.option("-m", "--memory-size", default="64MiB", show_default=True, metavar="SIZE", help="RAM.")
 @click.option("-c", "--cpu-count", type=click.IntRange(min=1), default=1, metavar="N", help="vCPUs.")
 def demo(memory_size: str, cpu_count: int) -> None:
-    """Runs the guest that is part of the package, first to its end and then under the debugger."""
+    """Runs and debugs a guest of its own.
+
+    The guest is part of the package. It is run to its end first, and then under the debugger with a condition.
+    """
     vm = uhyve.Vm.demo(memory=memory_size, cpus=cpu_count, output="stdout")
     _title(f"uhyve.Vm.demo(cpus={cpu_count}).run()")
     result = vm.run(timeout=60)
@@ -432,7 +455,6 @@ class _Session:
         self.dbg = dbg
         self.commands = commands
         self.timeout = timeout
-        self.shown = dbg.stop.number
         self.scope: dict[str, Any] = {"dbg": dbg, "vm": vm, "uhyve": uhyve}
 
     def set_breakpoints(self, places: Iterable[str]) -> None:
@@ -454,22 +476,17 @@ class _Session:
         self.execute(source, str(path))
 
     def execute(self, source: Any, name: str = "<commands>") -> None:
-        """Runs the user's code; its exception ends the command with a traceback."""
-        try:
+        """Runs the user's code."""
+        with _user_errors():
             exec(compile(source, name, "exec"), self.scope)
-        except (SystemExit, KeyboardInterrupt, uhyve.UhyveError):
-            raise
-        except Exception:  # noqa: BLE001 – the user's own
-            _traceback()
-            raise Failure("the script has failed", 1) from None
 
     def is_over(self) -> bool:
         """Whether there is nothing left to run."""
-        return not self.dbg.running and self.dbg.stop.reason in ("exit", "crash")
+        dbg = self.dbg
+        return not dbg.attached or (not dbg.running and dbg.stop.reason in ("exit", "crash"))
 
     def show(self, stop: uhyve.Stop) -> None:
         """Prints a stop, and runs the commands of ``--commands``."""
-        self.shown = stop.number
         _say(str(stop))
         if stop.reason not in ("exit", "crash"):
             _say(_registers(stop))
@@ -484,12 +501,10 @@ class _Session:
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         while not self.is_over():
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
+            with _user_errors():
                 stop = self.dbg.wait(left) if self.dbg.running else self.dbg.cont(left)
-            except uhyve.TimeoutExpired:
-                raise Failure(f"the guest did not end within {self.timeout:g} s", EXIT_TIMEOUT) from None
             if stop.reason == "timeout":
-                raise Failure(f"the guest did not end within {self.timeout:g} s ({stop.symbol})", EXIT_TIMEOUT)
+                raise uhyve.TimeoutExpired(f"the guest did not end within {self.timeout:g} s: {stop}")
             self.show(stop)
 
     def interact(self) -> None:
@@ -505,18 +520,29 @@ class _Session:
         except ImportError:
             # A Python without readline has a plain prompt.
             pass
-        sys.displayhook = _display
-        code.interact(_banner(self.dbg), local=self.scope, exitmsg="")
+        dbg = self.dbg
 
-    def exit_code(self, prompt: bool) -> int:
-        """The status to end with; at the prompt a guest may be left before its end."""
-        result = self.dbg.result
-        if result is not None:
-            return result.code
-        stop = None if self.dbg.running else self.dbg.stop
-        if stop is not None and stop.crash is not None and not prompt:
-            raise stop.crash
-        return 0
+        class Console(code.InteractiveConsole):
+            """A prompt that answers Ctrl-C with where the guest stands now."""
+
+            def showtraceback(self) -> None:
+                if isinstance(sys.exc_info()[1], KeyboardInterrupt) and not dbg.running:
+                    self.write(f"\nKeyboardInterrupt\n{dbg.stop}\n")
+                else:
+                    super().showtraceback()
+
+        sys.displayhook = _display
+        Console(self.scope).interact(_banner(dbg), exitmsg="")
+
+    def exit_code(self) -> int:
+        """The status to end with: the guest's code, if it has one."""
+        dbg = self.dbg
+        if not dbg.attached and dbg.vm.running:
+            # The script has detached.
+            return dbg.vm.wait(self.timeout).code
+        if dbg.result is not None:
+            return dbg.result.code
+        return EXIT_CRASH if not dbg.running and dbg.stop.reason == "crash" else 0
 
 
 def _banner(dbg: uhyve.Debugger) -> str:
@@ -559,16 +585,22 @@ def _title(text: str) -> None:
     click.secho(f"\n>>> {text}", bold=True)
 
 
-def _traceback() -> None:
-    """Prints the exception that is being handled, from the user's own code on."""
-    import traceback
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """What the user's code raises ends the command with a traceback that begins there."""
+    try:
+        yield
+    except (uhyve.TimeoutExpired, uhyve.HypervisorError):
+        raise
+    except Exception as error:  # noqa: BLE001 – a script may raise anything
+        import traceback
 
-    error = sys.exc_info()[1]
-    assert error is not None
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    traceback.print_exception(error.with_traceback(frames or error.__traceback__))
+        package = str(Path(__file__).parent)
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(package):
+            frames = frames.tb_next
+        traceback.print_exception(error.with_traceback(frames or error.__traceback__))
+        raise Failure("a script or a callback has failed", EXIT_SCRIPT) from None
 
 
 def _render(diagnosis: Diagnosis) -> None:
@@ -599,14 +631,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _status(words: list[str]) -> int:
     """Runs the command and turns what it raises into a line for people and an exit status."""
     try:
-        status: object = cli.main(words, prog_name="uhyve", standalone_mode=False)
+        with cli.make_context("uhyve", words) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except Failure as error:
         return _complain(error.format_message(), error.status)
     except click.ClickException as error:
         return _complain(error.format_message(), EXIT_USAGE)
-    except click.Abort:
-        return EXIT_INTERRUPT
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPT
     except uhyve.GuestCrashError as error:
         return _complain(f"the guest has crashed: {error}", EXIT_CRASH)
@@ -618,9 +651,12 @@ def _status(words: list[str]) -> int:
         return _complain(str(error), EXIT_USAGE)
     except OSError as error:
         if error.errno == errno.EPIPE:
+            # What Python has buffered has no reader either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return EXIT_PIPE
-        return _complain(str(error), EXIT_HOST)
-    return status if isinstance(status, int) else 0
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(where + (error.strerror or str(error)), EXIT_HOST)
+    return 0
 
 
 def _complain(text: str, status: int) -> int:

@@ -7,23 +7,30 @@ the others running on. Whatever is raised in a callback is raised by the call th
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, overload
 
 from uhyve.errors import BreakpointError, TimeoutExpired, VmStateError
 from uhyve.vm import Record, result_of, stats_of, text_of
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Any, Literal, Self, TypeAlias
+    from typing import Any, Literal, Self, TypeAlias, overload
 
     from uhyve import _core
-    from uhyve._core import Hit, Machine, Memory, Registers, StopReason
+    from uhyve._core import Hit, Machine, Memory, Registers
     from uhyve.errors import GuestCrashError
     from uhyve.vm import Vm, VmResult, VmStats
 
     Callback: TypeAlias = Callable[[Hit], object]
     Condition: TypeAlias = str | Callback | None
+    StopReason: TypeAlias = Literal["entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash", "exception"]
+else:
+
+    def overload(function):
+        """Stands for ``typing.overload``."""
+        return function
+
 
 __all__ = ["Breakpoint", "Debugger", "Frame", "Stop", "Vcpu"]
 
@@ -56,10 +63,10 @@ class Debugger:
     # Running and stopping
 
     @overload
-    def cont(self, timeout: float | None = None, wait: Literal[True] = True) -> Stop: ...
+    def cont(self, timeout: float | None = None, wait: Literal[True] = True) -> Stop: ...  # noqa: D102
     @overload
-    def cont(self, timeout: float | None = None, *, wait: Literal[False]) -> None: ...
-    def cont(self, timeout: float | None = None, wait: bool = True) -> Stop | None:
+    def cont(self, timeout: float | None = None, *, wait: Literal[False]) -> None: ...  # noqa: D102, F811
+    def cont(self, timeout: float | None = None, wait: bool = True) -> Stop | None:  # noqa: F811
         """Lets all vCPUs run until the next stop, and returns it.
 
         After ``timeout`` seconds the guest is stopped, with ``"timeout"`` for a reason. With ``wait=False`` this
@@ -77,7 +84,12 @@ class Debugger:
         """
         if count < 1:
             raise ValueError(f"count is {count}; a step is at least one instruction")
-        chosen = self.stop.vcpu if vcpu is None else vcpu
+        if vcpu is None:
+            # Of a guest that runs, `resume` says what is wrong.
+            stop = self._current()
+            chosen = 0 if stop is None else stop.vcpu
+        else:
+            chosen = vcpu
         deadline = None if timeout is None else time.monotonic() + timeout
         for _ in range(count):
             self._resume(chosen)
@@ -110,7 +122,7 @@ class Debugger:
         """Deletes all breakpoints and lets the guest run on; ``wait()`` of the returned Vm gives its result."""
         self._check()
         self._machine.detach()
-        self._left = "this debugger has been detached from its VM"
+        self._left, self._stop = "this debugger has been detached from its VM", None
         self._vm._detached(self._machine)
         return self._vm
 
@@ -118,7 +130,7 @@ class Debugger:
         """Ends the machine, whatever it does. Does nothing after ``detach()`` or another ``close()``."""
         if self._left is None:
             # What the guest has come to is worth keeping.
-            self._current()
+            self._settled()
             self._left = "this debugger is closed"
             self._vm._release_machine(self._machine)
 
@@ -200,7 +212,17 @@ class Debugger:
     @property
     def running(self) -> bool:
         """Whether the guest is being executed."""
-        return self._left is None and self._current() is None
+        if self._left is not None:
+            return False
+        try:
+            return self._current() is None
+        except VmStateError:
+            return False
+
+    @property
+    def attached(self) -> bool:
+        """Whether this controls its machine: neither ``detach()`` nor ``close()`` was called."""
+        return self._left is None
 
     @property
     def vm(self) -> Vm:
@@ -215,11 +237,13 @@ class Debugger:
     @property
     def registers(self) -> Registers:
         """The registers of the vCPU that the current stop is about."""
+        self._check()
         return self._machine.registers(self.stop.vcpu)
 
     @property
     def memory(self) -> Memory:
         """Guest memory as the vCPU that the current stop is about sees it."""
+        self._check()
         return self._machine.memory(self.stop.vcpu)
 
     def symbol(self, name: str) -> int:
@@ -249,12 +273,12 @@ class Debugger:
     def result(self) -> VmResult | None:
         """The result of a guest that has ended itself, else None."""
         if self._result is None and self._left is None:
-            self._current()
+            self._settled()
         return self._result
 
     def __repr__(self) -> str:
-        stop = self._current() if self._left is None else None
-        return f"<Debugger of {self._vm!r}: {self._left or stop or 'the guest is running'}>"
+        state = "the guest is running" if self.running else self._left or self._settled() or "the machine has ended"
+        return f"<Debugger of {self._vm!r}: {state}>"
 
     # Inside
 
@@ -300,12 +324,19 @@ class Debugger:
                 raise stop.exception
 
     def _current(self) -> Stop | None:
-        """The stop that the machine is in, or None."""
+        """The stop that the machine is in, or None while it runs. Raises ``VmStateError`` if it has ended."""
         try:
             status = self._machine.status()
-        except Exception:  # noqa: BLE001 – the host has failed, and the call that let the guest run raised this
-            return self._stop
+        except Exception as error:
+            raise VmStateError(f"the machine has ended: {error}") from error
         return None if status is None else self._stop_of(status)
+
+    def _settled(self) -> Stop | None:
+        """The stop that the machine is in, if any."""
+        try:
+            return self._current()
+        except VmStateError:
+            return None
 
     def _stop_of(self, status: dict[str, Any]) -> Stop | None:
         if "reason" not in status:
@@ -378,13 +409,12 @@ class Breakpoint:
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        self._core.set_enabled(bool(enabled))
+        self._core.enabled = bool(enabled)
 
     @property
     def condition(self) -> Condition:
         """The condition, text or callable, as it was given. Can be set; the next hit is judged by the new one."""
-        condition: Condition = self._core.condition()
-        return condition
+        return self._core.condition
 
     @condition.setter
     def condition(self, condition: Condition) -> None:
@@ -398,7 +428,7 @@ class Breakpoint:
 
     @ignore.setter
     def ignore(self, count: int) -> None:
-        self._core.set_ignore(_unsigned("ignore", count))
+        self._core.ignore = _unsigned("ignore", count)
 
     @property
     def temporary(self) -> bool:
@@ -666,5 +696,5 @@ def _unsigned(what: str, value: int, bits: int = 64) -> int:
         raise TypeError(f"{what} must be an integer, not {value!r}")
     number = value.__index__()
     if not 0 <= number < 1 << bits:
-        raise BreakpointError(f"{what} is {number:#x}; it must be an unsigned number of {bits} bits")
+        raise BreakpointError(f"{what} is {number}; it must be an unsigned number of {bits} bits")
     return number

@@ -72,7 +72,7 @@ def diagnose(device: str = "/dev/kvm") -> Diagnosis:
     findings = [_kernel(), _cpu(), _device(Path(device)), _modules(modules, kind)]
     if capabilities:
         findings += _debugging(capabilities)
-    else:
+    elif all(finding.level != "error" for finding in findings):
         findings.append(Finding("probe guests", "did not run", "error", trouble))
     findings += [_huge_pages(), _landlock()]
     return Diagnosis(__version__, kind, capabilities, tuple(findings))
@@ -153,11 +153,12 @@ def _permission_advice(path: Path) -> str:
 
 
 def _modules(modules: list[str], kind: Kind) -> Finding:
-    value = f"{kind} ({', '.join(modules) or 'no module seen'})"
+    loaded = ", ".join(modules) or "no module seen"
+    value = f"{kind} ({loaded})"
     if kind == "hardware":
         return Finding("KVM", value)
     if kind == "none":
-        return Finding("KVM", value, "warning", "no guest can be run to see what it does")
+        return Finding("KVM", loaded, "note", "what it can do is unknown: no guest could be run")
     advice = (
         "guest kernel code is emulated, at about 1 M instructions/s; SSE and some other instructions go through a "
         "fallback in user space. Guests run, computing in them is slow: use a machine with VMX or SVM for that"

@@ -13,8 +13,7 @@ that ends itself, with whatever code, is a result and not an exception.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # importing `typing` would be a third of the time that importing this package takes
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, ClassVar

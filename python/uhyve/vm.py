@@ -13,12 +13,12 @@ import atexit
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from uhyve._core import Image, Machine
 from uhyve.errors import ConfigError, GuestCrashError, TimeoutExpired, VmStateError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType

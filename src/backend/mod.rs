@@ -18,6 +18,8 @@ pub struct MachineOptions {
     pub pit: bool,
     /// Leave HLT, MWAIT and PAUSE to the guest: idle vCPUs then use their host CPU, and wake faster.
     pub cpu_pm: bool,
+    /// Ports (and bytes a write) whose writes may be queued instead of leaving the guest one by one.
+    pub coalesced_ports: Vec<(u16, u32)>,
 }
 
 /// One virtual machine of a hypervisor: memory, interrupt controllers, and a maker of vCPUs.
@@ -26,8 +28,18 @@ pub trait Backend: Send + Sync {
     fn name(&self) -> &'static str;
     /// Makes vCPU `number`, with CPUID and MSRs set and all registers in their reset state.
     fn create_vcpu(&self, number: u32) -> Result<Box<dyn Vcpu>>;
+    /// The queue of port writes that did not leave the guest, if the back end keeps one.
+    fn coalesced(&self) -> Option<Arc<dyn Coalesced>>;
     /// What its debug facilities can do. May run a probe guest, once per process.
     fn capabilities(&self) -> Result<Capabilities>;
+}
+
+/// Port writes that wait. They happened before any exit that is handled after them, and are taken first.
+pub trait Coalesced: Send + Sync {
+    /// Whether none waits. Cheap.
+    fn is_empty(&self) -> bool;
+    /// Gives each write, port and bytes, to `take`, in their order, until that refuses one (which stays).
+    fn drain(&self, take: &mut dyn FnMut(u16, &[u8]) -> bool);
 }
 
 /// A virtual CPU. One thread at a time uses it: its own, or anybody's while the world is stopped.

@@ -77,6 +77,16 @@ impl Image {
         self.elf.notes.hermit_version
     }
 
+    /// Whether the kernel is one of Hermit 0.6 that passes its program an environment array without a terminating
+    /// null, and so lets it read what lies behind. Their banner tells: later ones carry an ABI tag, earlier ones another.
+    pub fn walks_past_its_environment(&self) -> bool {
+        const BANNER: &[u8] = b"Welcome to Hermit 0.6.";
+        self.interface() == 1
+            && self.entry_version() == 4
+            && self.hermit_version().is_none()
+            && self.kernel().windows(BANNER.len()).any(|text| text == BANNER)
+    }
+
     /// Whether the kernel can be loaded at another address than it was linked at.
     pub fn is_relocatable(&self) -> bool {
         self.elf.relocatable

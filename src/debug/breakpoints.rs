@@ -120,7 +120,9 @@ impl Breakpoint {
 
     /// Replaces its condition; the next hit is judged by it.
     pub fn set_condition(&self, condition: Condition) {
-        *self.condition.write().unwrap_or_else(|e| e.into_inner()) = condition;
+        let before = std::mem::replace(&mut *self.condition.write().unwrap_or_else(|e| e.into_inner()), condition);
+        // Outside of the lock: a front end's callable may run code when it goes.
+        drop(before);
     }
 
     /// Counts an arrival of `vcpu`. False: filtered out, or ignored.

@@ -64,8 +64,18 @@ enum Phase {
 
 #[derive(Clone, Copy)]
 struct Seat {
+    /// At its safe point: the world may be stopped, and the exclusive section entered.
     parked: bool,
+    /// Outside of the guest and of its context, but in the middle of something: the exclusive section may be entered,
+    /// and no stop is reported before the vCPU has finished.
+    outside: bool,
     plan: Plan,
+}
+
+impl Seat {
+    fn stands_still(&self) -> bool {
+        self.parked || self.outside
+    }
 }
 
 /// Who holds the exclusive section: a vCPU's thread, or a front end.
@@ -118,7 +128,7 @@ impl Engine {
     /// An engine for `cpus` vCPUs. With `debugging` it begins with a stop at the entry, and the guest's end is a stop too;
     /// otherwise the vCPUs run at once, and the guest's end is the VM's.
     pub fn new(cpus: u32, debugging: bool) -> Self {
-        let seat = Seat { parked: false, plan: Plan::Run };
+        let seat = Seat { parked: false, outside: false, plan: Plan::Run };
         Self {
             state: Mutex::new(State {
                 phase: if debugging { Phase::Stopping } else { Phase::Running },
@@ -151,15 +161,11 @@ impl Engine {
 
     /// Ends debugging: what was found and not reported is dropped, all vCPUs run, and the guest's end is the VM's.
     pub fn detach(&self) -> Result<()> {
-        self.debugging.store(false, Ordering::SeqCst);
         let mut state = self.lock();
+        self.debugging.store(false, Ordering::SeqCst);
         let events: Vec<_> = state.queue.drain(..).collect();
         let last = events.into_iter().map(|event| event.reason).chain(state.stop.iter().map(|s| s.reason.clone()));
-        let end = last.into_iter().find_map(|reason| match reason {
-            StopReason::Exit { code } => Some(End::Exit(code)),
-            StopReason::Crash(crash) => Some(End::Crash(crash)),
-            _ => None,
-        });
+        let end = last.into_iter().find_map(|reason| reason.end());
         if state.phase == Phase::Ended {
             return Ok(());
         }
@@ -257,17 +263,29 @@ impl Engine {
         Command::Run(state.seats[n].plan)
     }
 
-    /// A vCPU found something that stops the world. Its thread goes to its safe point next.
+    /// A vCPU found something that stops the world. Its thread goes to its safe point next. Once detached, the guest's
+    /// end is the VM's, and all else is dropped.
     pub fn stop(&self, event: Event) {
         let mut state = self.lock();
         if state.phase == Phase::Ended {
             return;
         }
         let vcpu = event.vcpu;
+        if !self.is_debugging() {
+            let end = match event.reason {
+                StopReason::Exit { code } => End::Exit(code),
+                StopReason::Crash(crash) => End::Crash(crash),
+                _ => return,
+            };
+            drop(state);
+            return self.end(end);
+        }
         state.queue.push_back(event);
         if state.phase == Phase::Running {
             state.phase = Phase::Stopping;
             self.kick_running(&state, Some(vcpu));
+            // Who waits sees to kicks that come late.
+            self.notify(&state);
         }
         self.slots[vcpu as usize].request.store(true, Ordering::SeqCst);
     }
@@ -291,6 +309,7 @@ impl Engine {
                 state.phase = Phase::Stopping;
                 state.interrupt = Some(reason);
                 self.kick_running(&state, None);
+                self.notify(&state);
                 self.settle(&mut state);
                 true
             }
@@ -313,6 +332,8 @@ impl Engine {
             };
             if check(&event) {
                 let mut state = self.lock();
+                // The VM may have ended during the check.
+                self.require_stopped(&state)?;
                 state.queue.push_front(event);
                 self.report(&mut state);
                 return Ok(state.stop.clone());
@@ -372,49 +393,76 @@ impl Engine {
     /// Enters the exclusive section: no vCPU but the owner's runs until the guard is dropped. `None` if the VM is over.
     /// The calling thread holds no vCPU locked.
     pub fn exclusive(&self, owner: Owner) -> Option<Exclusive<'_>> {
+        let own = if let Owner::Vcpu(n) = owner { Some(n) } else { None };
         let mut state = self.lock();
+        let was_outside = own.map(|n| state.seats[n as usize].outside);
         while state.phase != Phase::Ended && state.exclusive.is_some() {
             // Another one is inside, and may wait for this vCPU.
-            self.seat(&mut state, owner, true);
+            self.set_outside(&mut state, own, true);
             state = self.wait(state);
         }
-        self.seat(&mut state, owner, false);
+        self.set_outside(&mut state, own, was_outside == Some(true));
         if state.phase == Phase::Ended {
             return None;
         }
         state.exclusive = Some(owner);
-        let own = if let Owner::Vcpu(n) = owner { Some(n) } else { None };
-        self.kick_running(&state, own);
-        while state.phase != Phase::Ended && (0..).zip(&state.seats).any(|(n, s)| !s.parked && Some(n) != own) {
+        self.kick_moving(&state, own);
+        while state.phase != Phase::Ended && (0..).zip(&state.seats).any(|(n, s)| !s.stands_still() && Some(n) != own) {
             let (next, timeout) = self.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(|e| e.into_inner());
             state = next;
             if timeout.timed_out() {
-                self.kick_running(&state, own);
+                self.kick_moving(&state, own);
             }
         }
-        Some(Exclusive { engine: self, stopped: state.phase == Phase::Stopped })
+        let exclusive = Exclusive { engine: self, stopped: state.phase == Phase::Stopped };
+        let is_over = state.phase == Phase::Ended;
+        drop(state);
+        (!is_over).then_some(exclusive)
     }
 
-    fn seat(&self, state: &mut State, owner: Owner, parked: bool) {
-        if let Owner::Vcpu(n) = owner
-            && state.seats[n as usize].parked != parked
-        {
-            state.seats[n as usize].parked = parked;
-            self.settle(state);
+    fn kick_moving(&self, state: &State, but: Option<u32>) {
+        for (n, _) in (0..).zip(&state.seats).filter(|(n, s)| !s.stands_still() && Some(*n) != but) {
+            self.kick(n as usize);
         }
+    }
+
+    fn set_outside(&self, state: &mut State, vcpu: Option<u32>, outside: bool) {
+        if let Some(n) = vcpu
+            && state.seats[n as usize].outside != outside
+        {
+            state.seats[n as usize].outside = outside;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Runs `f`, which uses neither the guest nor the vCPU's context, on the vCPU's thread. Meanwhile others may enter
+    /// the exclusive section, whatever `f` waits for; this returns when they have left it. No stop is reported before.
+    pub fn outside<T>(&self, vcpu: u32, f: impl FnOnce() -> T) -> T {
+        struct Return<'a>(&'a Engine, u32);
+        impl Drop for Return<'_> {
+            fn drop(&mut self) {
+                let mut state = self.0.lock();
+                while state.phase != Phase::Ended && state.exclusive.is_some() {
+                    state = self.0.wait(state);
+                }
+                self.0.set_outside(&mut state, Some(self.1), false);
+            }
+        }
+        self.set_outside(&mut self.lock(), Some(vcpu), true);
+        let _return = Return(self, vcpu);
+        f()
     }
 
     /// Waits until the world stands still or the VM is over. `check` is called whenever a signal arrives (and its error
-    /// returned); `tick` whenever it returned how long to sleep at most. `Ok(None)`: the deadline passed.
+    /// returned). `Ok(None)`: the deadline passed.
     pub fn wait_for_stop<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
         check: &mut dyn FnMut() -> Result<(), E>,
-        tick: &mut dyn FnMut() -> Option<Duration>,
         waiter: &Arc<EventFd>,
     ) -> Result<Option<Status>, E> {
         self.lock().waiters.push(waiter.clone());
-        let result = self.poll(deadline, check, tick, waiter);
+        let result = self.poll(deadline, check, waiter);
         self.lock().waiters.retain(|w| !Arc::ptr_eq(w, waiter));
         result
     }
@@ -423,7 +471,6 @@ impl Engine {
         &self,
         deadline: Option<Instant>,
         check: &mut dyn FnMut() -> Result<(), E>,
-        tick: &mut dyn FnMut() -> Option<Duration>,
         waiter: &EventFd,
     ) -> Result<Option<Status>, E> {
         loop {
@@ -436,7 +483,7 @@ impl Engine {
                 return Ok(None);
             }
             let stopping = self.lock().phase == Phase::Stopping;
-            let sleep = [left, tick(), stopping.then_some(KICK_AGAIN)].into_iter().flatten().min();
+            let sleep = [left, stopping.then_some(KICK_AGAIN)].into_iter().flatten().min();
             let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(waiter), PollFlags::POLLIN)];
             match ppoll(&mut fds, sleep.map(TimeSpec::from), None) {
                 Ok(0) => self.kick_late(),
@@ -477,3 +524,7 @@ impl Drop for Exclusive<'_> {
         self.engine.settle(&mut state);
     }
 }
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;

@@ -22,6 +22,8 @@ const IA32_TSC_AUX: u32 = 0xc000_0103;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Emulation {
     Done,
+    /// One iteration of a string instruction with REP; more follow.
+    Repeat,
     Fault(Exception),
     Unsupported,
 }
@@ -98,7 +100,7 @@ impl Seat<'_> {
             return self.foreign_int3(pc);
         }
         match self.emulate(&code)? {
-            Emulation::Done => self.after_instruction(),
+            Emulation::Done | Emulation::Repeat => self.after_instruction(),
             Emulation::Fault(exception) => {
                 self.context().cpu.inject(exception)?;
                 Ok(Flow::Continue)
@@ -127,14 +129,22 @@ impl Seat<'_> {
         }
     }
 
-    /// The decision chain of every breakpoint at `pc`. The first that says stop names the reason; all are asked.
+    /// The decision chain of every breakpoint at `pc`. All are asked; the first that says stop names the reason, unless
+    /// a callback fails: that is never swallowed. Each further failure is a stop of its own.
     pub(crate) fn decide(&mut self, pc: u64) -> Result<Option<StopReason>> {
         self.context().passed = Some(pc);
         let Some((_, breakpoints)) = self.machine.breakpoints_at(pc) else { return Ok(None) };
         let mut reason = None;
         for breakpoint in breakpoints {
-            if let Some(found) = self.ask(&breakpoint, pc)? {
-                reason.get_or_insert(found);
+            match (self.ask(&breakpoint, pc)?, &reason) {
+                (Some(failure @ StopReason::Exception { .. }), Some(StopReason::Exception { .. })) => {
+                    if let Some(earlier) = reason.replace(failure) {
+                        self.stop(pc, earlier)?;
+                    }
+                }
+                (Some(failure @ StopReason::Exception { .. }), _) => reason = Some(failure),
+                (found, None) => reason = found,
+                _ => {}
             }
         }
         Ok(reason)
@@ -166,9 +176,12 @@ impl Seat<'_> {
                 breakpoint: breakpoint.clone(),
                 alive: alive.clone(),
             };
+            let engine = &self.machine.engine;
             let verdict = self.unlocked(|| {
-                let _inside = vcpu::enter_callback(hit.vcpu, &alive);
-                predicate.evaluate(&hit)
+                engine.outside(hit.vcpu, || {
+                    let _inside = vcpu::enter_callback(&alive);
+                    predicate.evaluate(&hit)
+                })
             });
             match verdict {
                 Ok(true) => {}
@@ -193,11 +206,15 @@ impl Seat<'_> {
             return Ok(Flow::Continue);
         };
         let code = self.code_at(pc)?;
-        match self.emulate(&code)? {
-            Emulation::Done => return self.after_instruction(),
-            Emulation::Fault(_) | Emulation::Unsupported => {}
+        loop {
+            match self.emulate(&code)? {
+                Emulation::Done => return self.after_instruction(),
+                // One arrival, however many iterations: they end here, or when the vCPU is asked to stop.
+                Emulation::Repeat if self.machine.engine.is_requested(self.number) => return Ok(Flow::Leave),
+                Emulation::Repeat => {}
+                Emulation::Fault(_) | Emulation::Unsupported => return self.step_over(pc, kind),
+            }
         }
-        self.step_over(pc, kind)
     }
 
     /// Executes the instruction at `pc` on the CPU with its breakpoint out of the way.
@@ -226,12 +243,16 @@ impl Seat<'_> {
     fn step_instruction(&mut self, pc: u64) -> Result<Flow> {
         let block_interrupts = self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
         let before = self.context().cpu.registers()?;
-        let debug = GuestDebug { single_step: true, block_interrupts, ..Default::default() };
+        let debug = GuestDebug { single_step: true, block_interrupts, ..self.other_sites(pc)? };
         self.context().armed = None;
         let mut flow = Flow::Continue;
         self.context().cpu.set_guest_debug(&debug)?;
+        let mut next = None;
         loop {
-            let exit = self.context().cpu.run()?;
+            let exit = match next.take() {
+                Some(exit) => exit,
+                None => self.context().cpu.run()?,
+            };
             match exit {
                 Exit::Debug(_) => {
                     self.count(crate::stats::ExitKind::Debug);
@@ -249,13 +270,18 @@ impl Seat<'_> {
                 }
                 Exit::Unemulated => {
                     self.count(crate::stats::ExitKind::Unemulated);
-                    flow = self.emulate_or_crash(pc)?;
+                    // Elsewhere it is the first instruction of an exception's handler, for the next entry to see to.
+                    if self.context().cpu.registers()?.rip == pc {
+                        flow = self.emulate_or_crash(pc)?;
+                    }
                     break;
                 }
                 other => {
-                    flow = self.handle(other)?;
-                    let done = self.context().cpu.complete_io()?;
-                    if flow == Flow::Leave || matches!(done, Some(Exit::Debug(_)) | None) {
+                    if self.handle(other)? == Flow::Leave {
+                        flow = Flow::Leave;
+                    }
+                    next = self.context().cpu.complete_io()?;
+                    if next.is_none() {
                         break;
                     }
                 }
@@ -269,10 +295,23 @@ impl Seat<'_> {
         Ok(flow)
     }
 
+    /// The breakpoints elsewhere: a step that raises an exception runs into its handler.
+    fn other_sites(&self, pc: u64) -> Result<GuestDebug> {
+        if self.machine.generation() == 0 {
+            return Ok(GuestDebug::default());
+        }
+        let capabilities = self.machine.capabilities()?;
+        let mut debug = self.machine.table.read().unwrap_or_else(|e| e.into_inner()).guest_debug(&capabilities);
+        for register in &mut debug.hardware {
+            *register = register.filter(|b| b.address != pc);
+        }
+        Ok(debug)
+    }
+
     fn emulate_or_crash(&mut self, pc: u64) -> Result<Flow> {
         let code = self.code_at(pc)?;
         match self.emulate(&code)? {
-            Emulation::Done => Ok(Flow::Continue),
+            Emulation::Done | Emulation::Repeat => Ok(Flow::Continue),
             Emulation::Fault(exception) => {
                 self.context().cpu.inject(exception)?;
                 Ok(Flow::Continue)
@@ -367,6 +406,7 @@ impl Seat<'_> {
         }
         match outcome {
             x86::Outcome::Done | x86::Outcome::Repeat => {
+                let repeat = outcome == x86::Outcome::Repeat;
                 cpu.set_registers(&state.registers)?;
                 if state.ymm_high != before.ymm_high {
                     cpu.set_ymm_high(&state.ymm_high)?;
@@ -374,7 +414,7 @@ impl Seat<'_> {
                 if needs.writes_system {
                     cpu.set_system_registers(&state.system)?;
                 }
-                Ok(Emulation::Done)
+                Ok(if repeat { Emulation::Repeat } else { Emulation::Done })
             }
             x86::Outcome::Fault { vector, error_code, address } => {
                 Ok(Emulation::Fault(Exception { vector, error_code, address }))

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::breakpoints::Breakpoint;
+use super::engine::End;
 use crate::error::Crash;
 
 /// Why the world stands still.
@@ -52,6 +53,15 @@ impl StopReason {
             Self::Exit { .. } => "exit",
             Self::Crash(_) => "crash",
             Self::Exception { .. } => "exception",
+        }
+    }
+
+    /// How the VM ends by this if nobody debugs it.
+    pub fn end(&self) -> Option<End> {
+        match self {
+            Self::Exit { code } => Some(End::Exit(*code)),
+            Self::Crash(crash) => Some(End::Crash(crash.clone())),
+            _ => None,
         }
     }
 

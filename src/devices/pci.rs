@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-const ADDRESS: u16 = 0xcf8;
+/// The port that selects a register.
+pub const ADDRESS: u16 = 0xcf8;
 const DATA: Range<u16> = 0xcfc..0xd00;
 
 /// PCI configuration mechanism 1 (PCI Local Bus 3.0, 3.2.2.3.2) with nothing behind it: every function reads as ones, bus 0 device 0 too.

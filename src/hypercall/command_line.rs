@@ -45,6 +45,13 @@ impl CommandLine {
         Ok(Self { arguments: argv, environment: envp })
     }
 
+    /// Adds empty strings, which no program takes for a variable, until the environment has `count` entries.
+    pub fn pad_environment(&mut self, count: usize) {
+        while self.environment.len() < count.min(MAX_ARGC_ENVC) {
+            self.environment.push(vec![0]);
+        }
+    }
+
     /// Answers Cmdsize: counts and lengths, the terminating NULs included.
     pub(super) fn write_sizes(&self, memory: &GuestMemory, address: u64) -> Result<(), GuestFault> {
         let mut bytes = [0u8; size_of::<CmdsizeParams>()];

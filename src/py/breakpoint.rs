@@ -85,6 +85,7 @@ impl PyBreakpoint {
         self.inner.ignore()
     }
 
+    #[setter]
     fn set_ignore(&self, count: u64) {
         self.inner.set_ignore(count);
     }
@@ -99,6 +100,7 @@ impl PyBreakpoint {
         self.inner.is_deleted()
     }
 
+    #[setter]
     fn set_enabled(&self, py: Python<'_>, enabled: bool) -> PyResult<()> {
         detached(py, || self.machine.enable_breakpoint(&self.inner, enabled))
     }
@@ -119,12 +121,17 @@ impl PyBreakpoint {
     }
 
     /// The condition as it was given: a string, a callable, or None.
+    #[getter]
     fn condition(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         let condition = self.inner.condition();
         if let Some((source, _)) = condition.compiled {
             return Ok(Some(source.into_pyobject(py)?.into_any().unbind()));
         }
         Ok(condition.predicate.and_then(|p| p.as_any().downcast_ref::<PyPredicate>().and_then(|p| p.callable(py))))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Breakpoint {} at {} ({:#x})>", self.inner.id, self.inner.options.location, self.inner.address)
     }
 
     fn __eq__(&self, other: &Self) -> bool {

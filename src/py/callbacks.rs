@@ -126,6 +126,10 @@ impl Predicate for PyPredicate {
 pub struct Raised(pub PyErr);
 
 fn note(py: Python<'_>, error: &PyErr, hit: &Hit) {
+    // The exception travels as a value; before Python 3.12 its traceback is not a part of that.
+    if let Some(traceback) = error.traceback(py) {
+        let _ = error.value(py).setattr("__traceback__", traceback);
+    }
     let symbol = hit.machine.symbol_at(hit.pc).map(|s| format!(" ({s})")).unwrap_or_default();
     let text = format!(
         "raised by the callback of breakpoint {} on vCPU {} at pc {:#x}{symbol}",

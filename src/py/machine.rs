@@ -293,12 +293,10 @@ impl PyMachine {
         if self.owner != Pid::this() {
             return Ok(());
         }
-        if crate::vcpu::current().is_some() {
-            self.machine.engine.end(End::Killed);
-            return Ok(());
-        }
         py.detach(|| self.machine.close());
-        self.callbacks.clear();
+        if !crate::vcpu::is_own_thread(&self.machine) {
+            self.callbacks.clear();
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //! the next KVM_RUN return at once, and a signal, which ends the one that is under way (and a blocking system call of
 //! the vCPU's thread, since the handler is installed without SA_RESTART).
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use crate::backend::Kick;
@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 
 /// The kick handle of a KVM vCPU.
 pub(super) struct KvmKick {
+    /// A kick came that no `run` has answered. `immediate_exit` alone would not tell it from our own use of that flag.
+    kicked: AtomicBool,
     target: Mutex<Option<Target>>,
 }
 
@@ -25,7 +27,7 @@ unsafe impl Sync for KvmKick {}
 
 impl KvmKick {
     pub(super) fn new() -> Self {
-        Self { target: Mutex::new(None) }
+        Self { kicked: AtomicBool::new(false), target: Mutex::new(None) }
     }
 
     /// From now on kicks go to the calling thread. The caller unbinds before the thread or the vCPU ends.
@@ -37,6 +39,15 @@ impl KvmKick {
         Ok(())
     }
 
+    pub(super) fn is_kicked(&self) -> bool {
+        self.kicked.load(Ordering::SeqCst)
+    }
+
+    /// The kicks until now are answered.
+    pub(super) fn take(&self) {
+        self.kicked.store(false, Ordering::SeqCst);
+    }
+
     pub(super) fn unbind(&self) {
         *self.target.lock().unwrap_or_else(|e| e.into_inner()) = None;
     }
@@ -46,6 +57,7 @@ impl Kick for KvmKick {
     fn kick(&self) {
         let target = self.target.lock().unwrap_or_else(|e| e.into_inner());
         let (Some(target), Ok(signal)) = (&*target, signal()) else { return };
+        self.kicked.store(true, Ordering::SeqCst);
         // SAFETY: bound, so the vCPU's page is mapped; and the byte is shared with the kernel, so atomics only.
         unsafe { (*target.immediate_exit).store(1, Ordering::SeqCst) };
         // SAFETY: bound, so the thread has not ended.

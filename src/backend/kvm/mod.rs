@@ -1,22 +1,24 @@
 //! The back end on Linux's KVM: the VM with its memory slots and interrupt controllers. [`vcpu`] runs vCPUs, [`kick`]
 //! makes them leave the guest, [`cpuid`] and [`convert`] translate, [`probe`] finds out what this KVM really does.
 
+mod coalesced;
 pub mod convert;
 pub mod cpuid;
 pub mod kick;
 pub mod probe;
 pub mod vcpu;
 
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_X86_DISABLE_EXITS, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 
-use super::{Backend, Capabilities, MachineOptions, Vcpu};
+use super::{Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory};
 
@@ -32,6 +34,8 @@ pub struct KvmBackend {
     kvm: Arc<Kvm>,
     vm: VmFd,
     cpus: u32,
+    is_coalescing: bool,
+    ring: OnceLock<Arc<coalesced::Ring>>,
     // Declared after `vm`: KVM maps both, so they go last.
     _memory: GuestMemory,
     _firmware: Vec<GuestMemory>,
@@ -88,7 +92,7 @@ impl KvmBackend {
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         let mut backend =
-            Self { kvm: Arc::new(kvm), vm, cpus: options.cpus, _memory: memory.clone(), _firmware: Vec::new() };
+            Self { kvm: Arc::new(kvm), vm, cpus: options.cpus, is_coalescing: false, ring: OnceLock::new(), _memory: memory.clone(), _firmware: Vec::new() };
         backend.map(0, memory, 0)?;
         backend.map_firmware(memory)?;
         backend.enable(
@@ -96,6 +100,7 @@ impl KvmBackend {
             u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),
             "32-bit x2APIC ids",
         );
+        backend.coalesce(&options.coalesced_ports);
         if options.cpu_pm {
             let available =
                 u64::try_from(backend.kvm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into())).unwrap_or(0);
@@ -106,6 +111,15 @@ impl KvmBackend {
             backend.vm.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
         }
         Ok(backend)
+    }
+
+    /// Lets KVM queue writes to these ports, if it can.
+    fn coalesce(&mut self, ports: &[(u16, u32)]) {
+        if ports.is_empty() || !self.vm.check_extension(Cap::CoalescedPio) {
+            return;
+        }
+        self.is_coalescing =
+            ports.iter().all(|(port, size)| self.vm.register_coalesced_mmio(IoEventAddress::Pio((*port).into()), *size).is_ok());
     }
 
     fn map(&self, slot: u32, memory: &GuestMemory, flags: u32) -> Result<()> {
@@ -154,7 +168,16 @@ impl Backend for KvmBackend {
         let fd = self.vm.create_vcpu(u64::from(number)).map_err(failed("KVM_CREATE_VCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.kvm, number, self.cpus)?;
         fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        if self.is_coalescing && self.ring.get().is_none() {
+            // SAFETY: the fd is open for the whole statement.
+            let ring = coalesced::Ring::map(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) })?;
+            self.ring.get_or_init(|| Arc::new(ring));
+        }
         Ok(Box::new(vcpu::KvmVcpu::new(fd)?))
+    }
+
+    fn coalesced(&self) -> Option<Arc<dyn Coalesced>> {
+        self.ring.get().map(|ring| ring.clone() as Arc<dyn Coalesced>)
     }
 
     fn capabilities(&self) -> Result<Capabilities> {

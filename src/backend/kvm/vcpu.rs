@@ -106,10 +106,7 @@ impl KvmVcpu {
         }
         let error = std::io::Error::last_os_error();
         match error.raw_os_error() {
-            Some(libc::EINTR | libc::EAGAIN) => {
-                self.immediate_exit().store(0, std::sync::atomic::Ordering::SeqCst);
-                Ok(false)
-            }
+            Some(libc::EINTR | libc::EAGAIN) => Ok(false),
             _ => Err(Error::Hypervisor { call: "KVM_RUN", source: error }),
         }
     }
@@ -257,7 +254,12 @@ impl Vcpu for KvmVcpu {
     }
 
     fn run(&mut self) -> Result<Exit> {
-        if self.enter()? { Ok(self.decode()) } else { Ok(Exit::Interrupted) }
+        if self.enter()? {
+            return Ok(self.decode());
+        }
+        self.immediate_exit().store(0, std::sync::atomic::Ordering::SeqCst);
+        self.kick.take();
+        Ok(Exit::Interrupted)
     }
 
     fn complete_io(&mut self) -> Result<Option<Exit>> {
@@ -267,6 +269,10 @@ impl Vcpu for KvmVcpu {
         self.immediate_exit().store(1, std::sync::atomic::Ordering::SeqCst);
         let left = self.enter();
         self.immediate_exit().store(0, std::sync::atomic::Ordering::SeqCst);
+        if self.kick.is_kicked() {
+            // It came meanwhile, and is for the next `run`.
+            self.immediate_exit().store(1, std::sync::atomic::Ordering::SeqCst);
+        }
         Ok(if left? { Some(self.decode()) } else { None })
     }
 

@@ -1,0 +1,138 @@
+"""Guests that crash: the exception, its facts, and that the VM is over then."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING
+
+import pytest
+
+from uhyve import GuestCrashError, UhyveError, Vm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.kvm
+
+LIMIT = 60
+GENERAL = {"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16))}
+
+
+def crash(vm: Vm) -> GuestCrashError:
+    with pytest.raises(GuestCrashError) as caught:
+        vm.run(LIMIT)
+    assert not vm.running
+    return caught.value
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "symbol"),
+    [
+        ("triple", "crash_triple"),
+        ("int3_no_idt", "crash_int3_no_idt"),
+        ("jump_null", None),
+        ("stack", "recurse"),
+        ("cr3_reserved", "crash_cr3_reserved"),
+    ],
+)
+def test_crash_by_a_triple_fault_tells_vcpu_registers_symbol_and_output(
+    guest: Callable[..., Path], kind: str, symbol: str | None, cpus: int
+) -> None:
+    error = crash(Vm(guest("crash", defines=[f"KIND={kind}"]), cpus=cpus))
+
+    assert (error.vcpu, error.reason, error.output) == (0, "triple fault", f"crash {kind}\n")
+    assert set(error.registers) == GENERAL | {"rip", "rflags"}
+    if symbol is None:
+        assert error.symbol is None
+        assert error.registers["rip"] == 0
+    else:
+        assert error.symbol is not None
+        assert error.symbol.split("+")[0] == symbol
+        assert symbol in str(error)
+    assert f"{error.registers['rip']:#x}" in str(error)
+    assert "vCPU 0" in str(error)
+
+
+def test_crash_by_a_page_table_of_nothing_is_reported(guest: Callable[..., Path]) -> None:
+    error = crash(Vm(guest("crash", defines=["KIND=cr3"])))
+
+    assert error.vcpu == 0
+    assert error.output == "crash cr3\n"
+
+
+def test_crash_of_an_application_processor_names_it(guest: Callable[..., Path]) -> None:
+    error = crash(Vm(guest("crash", defines=["KIND=ap_triple"]), cpus=2))
+
+    assert (error.vcpu, error.reason, error.output) == (1, "triple fault", "crash ap_triple\n")
+
+
+@pytest.mark.parametrize(("kind", "access"), [("mmio", "read"), ("mmio_write", "write")])
+def test_crash_by_an_access_to_nothing_names_the_address(guest: Callable[..., Path], kind: str, access: str) -> None:
+    error = crash(Vm(guest("crash", defines=[f"KIND={kind}"])))
+
+    assert f"{access} of 4 bytes at guest physical address 0xd0000000" in error.reason
+    assert error.symbol is not None
+    assert error.symbol.startswith(f"crash_{kind}")
+
+
+def test_crash_by_an_unknown_instruction_gives_bytes_and_disassembly(
+    guest: Callable[..., Path], kvm_kind: str
+) -> None:
+    vm = Vm(guest("crash", defines=["KIND=avx"]))
+
+    if kvm_kind == "hardware":
+        result = vm.run(LIMIT)
+        assert result.code == 0
+        assert result.output in ("crash avx\navx ok\n", "crash avx\navx not offered\n")
+    else:
+        error = crash(vm)
+        assert "vmovups ymm1" in error.reason
+        assert "c5 fc 10" in error.reason
+        assert error.output == "crash avx\n"
+
+
+@pytest.mark.parametrize("interface", [2, 3])
+@pytest.mark.parametrize("pie", [True, False])
+def test_crash_on_every_kind_of_image_finds_the_symbol(
+    guest: Callable[..., Path], interface: int, pie: bool
+) -> None:
+    error = crash(Vm(guest("crash", interface=interface, pie=pie, defines=["KIND=triple"])))
+
+    assert error.symbol is not None
+    assert error.symbol.split("+")[0] == "crash_triple"
+
+
+def test_vm_after_a_crash_runs_again(guest: Callable[..., Path]) -> None:
+    vm = Vm(guest("crash", defines=["KIND=triple"]))
+
+    first, second = crash(vm), crash(vm)
+
+    assert first.output == second.output == "crash triple\n"
+
+
+def test_crash_of_a_started_guest_is_raised_by_wait(guest: Callable[..., Path]) -> None:
+    vm = Vm(guest("crash", defines=["KIND=triple"]))
+    vm.start()
+
+    with pytest.raises(GuestCrashError):
+        vm.wait(LIMIT)
+
+    assert not vm.running
+
+
+def test_crash_error_is_a_uhyve_error_that_can_be_pickled(guest: Callable[..., Path]) -> None:
+    error = crash(Vm(guest("crash", defines=["KIND=triple"])))
+
+    copy = pickle.loads(pickle.dumps(error))
+
+    assert isinstance(error, UhyveError)
+    assert (copy.vcpu, copy.reason, copy.registers, copy.symbol, copy.output, str(copy)) == (
+        error.vcpu,
+        error.reason,
+        error.registers,
+        error.symbol,
+        error.output,
+        str(error),
+    )
