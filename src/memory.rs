@@ -2,9 +2,10 @@
 //! guest-physical address, and an address outside of RAM is an error, never a fault of the host.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion, ReadVolatile, WriteVolatile,
+    Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, ReadVolatile, WriteVolatile,
 };
 
 use crate::error::{Error, GuestFault, Result};
@@ -23,28 +24,92 @@ pub struct Backing {
 /// The RAM of one VM: one range of guest-physical addresses, demand-zero. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
+    // Declared before `mapping`: it refers to it.
     mmap: GuestMemoryMmap,
+    mapping: Arc<Mapping>,
     start: u64,
     size: u64,
+}
+
+/// Huge pages of the host, and of the page tables that a hypervisor keeps for its guest, have this size and alignment.
+const HUGE: usize = 2 << 20;
+
+/// Anonymous memory of the host, aligned so that the kernel can back it with huge pages: a guest's first touch of 2 MiB
+/// is then one page fault of the hypervisor instead of 512.
+#[derive(Debug)]
+struct Mapping {
+    address: *mut u8,
+    length: usize,
+}
+
+// SAFETY: plain memory; who may access it, and how, is `GuestMemory`'s concern.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(length: usize) -> std::io::Result<Self> {
+        let room = length.checked_add(HUGE).ok_or(std::io::ErrorKind::InvalidInput)?;
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, protection, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        let start: *mut u8 = start.cast();
+        let before = start.align_offset(HUGE);
+        let after = room - before - length;
+        // SAFETY: both pieces are whole pages of the mapping just made, outside of the part that is kept.
+        unsafe {
+            let address = start.add(before);
+            if before > 0 {
+                libc::munmap(start.cast(), before);
+            }
+            if after > 0 {
+                libc::munmap(address.add(length).cast(), after);
+            }
+            Ok(Self { address, length })
+        }
+    }
+
+    fn advise(&self, advice: libc::c_int) -> std::io::Result<()> {
+        // SAFETY: the range is exactly this mapping, and the advices that are given here do not change its contents.
+        match unsafe { libc::madvise(self.address.cast(), self.length, advice) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, and whoever holds a pointer into it holds the mapping too.
+        unsafe { libc::munmap(self.address.cast(), self.length) };
+    }
 }
 
 impl GuestMemory {
     /// Maps `size` bytes of RAM at guest-physical `start`. Host pages are taken when they are touched.
     pub fn new(start: u64, size: u64, backing: Backing) -> Result<Self> {
         let length = usize::try_from(size).map_err(|_| too_big(size, std::io::ErrorKind::InvalidInput.into()))?;
-        let mmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(start), length)])
+        let mapping = Arc::new(Mapping::new(length).map_err(|e| too_big(size, e))?);
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: the range is the whole mapping, which lives as long as the region: `GuestMemory` holds both.
+        let region = unsafe { MmapRegion::build_raw(mapping.address, length, protection, flags) }
             .map_err(|e| too_big(size, std::io::Error::other(e.to_string())))?;
-        let memory = Self { mmap, start, size };
+        let region = GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or_else(|| too_big(size, std::io::ErrorKind::InvalidInput.into()))?;
+        let mmap = GuestMemoryMmap::from_regions(vec![region])
+            .map_err(|e| too_big(size, std::io::Error::other(e.to_string())))?;
         for (wanted, advice, name) in [
             (backing.huge_pages, libc::MADV_HUGEPAGE, "transparent huge pages"),
             (backing.merge_pages, libc::MADV_MERGEABLE, "merging of equal pages"),
         ] {
-            // SAFETY: the range is exactly this mapping, and neither advice changes its contents.
-            if wanted && unsafe { libc::madvise(memory.host_pointer().cast(), length, advice) } != 0 {
-                log::warn!("{name} for guest RAM: {}", std::io::Error::last_os_error());
+            if wanted && let Err(error) = mapping.advise(advice) {
+                log::warn!("{name} for guest RAM: {error}");
             }
         }
-        Ok(memory)
+        Ok(Self { mmap, mapping, start, size })
     }
 
     /// The guest-physical addresses of RAM.
@@ -59,8 +124,7 @@ impl GuestMemory {
 
     /// Where RAM lies in the host, for a back end that maps it into a guest.
     pub fn host_pointer(&self) -> *mut u8 {
-        let region = self.mmap.iter().next().expect("a VM has one region of RAM");
-        region.get_host_address(vm_memory::MemoryRegionAddress(0)).expect("offset 0 lies in the region")
+        self.mapping.address
     }
 
     /// Whether all of `length` bytes at `address` are RAM.

@@ -244,7 +244,8 @@ impl<'a> Seat<'a> {
                 let text = self.context().cpu.io_data().to_vec();
                 for byte in text {
                     machine.stats.count_hypercall(self.number, call.kind());
-                    flow = self.call(PendingCall { call, data: byte.into(), size: 1, rdi: byte.into(), progress: 0 })?;
+                    let data = byte.into();
+                    flow = self.call(PendingCall { call, data, size: 1, rdi: byte.into(), progress: 0 })?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),

@@ -475,11 +475,11 @@ impl Machine {
     /// exits, and the beginning of a line that does not end.
     fn spawn_pump(self: &Arc<Self>) -> Result<()> {
         let machine = self.clone();
-        self.console.set_notifier(Box::new({
-            let pump = self.pump.clone();
-            move || pump.wake()
-        }));
         let every = self.coalesced.is_some().then_some(DRAIN_EVERY);
+        if every.is_none() {
+            let pump = self.pump.clone();
+            self.console.set_notifier(Box::new(move || pump.wake()));
+        }
         let body = move || {
             vcpu::enter_thread(&machine, None);
             // While the world stands still, nothing comes into the queue.

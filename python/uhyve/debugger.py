@@ -84,12 +84,9 @@ class Debugger:
         """
         if count < 1:
             raise ValueError(f"count is {count}; a step is at least one instruction")
-        if vcpu is None:
-            # Of a guest that runs, `resume` says what is wrong.
-            stop = self._current()
-            chosen = 0 if stop is None else stop.vcpu
-        else:
-            chosen = vcpu
+        # Of a guest that runs, `resume` says what is wrong.
+        current = self._current()
+        chosen = vcpu if vcpu is not None else current.vcpu if current is not None else 0
         deadline = None if timeout is None else time.monotonic() + timeout
         for _ in range(count):
             self._resume(chosen)
@@ -303,12 +300,16 @@ class Debugger:
 
     def _wait(self, timeout: float | None) -> dict[str, Any] | None:
         try:
-            return self._machine.wait(timeout)
+            status = self._machine.wait(timeout)
         except BaseException:
             # A signal handler raised: the guest stops, so that its user finds it standing still.
             if self.running and self._machine.interrupt():
                 self._machine.wait()
             raise
+        if status is not None and "ended" in status:
+            # A callback, which can't wait for the machine's threads, or another thread has ended it.
+            self._vm._release_machine(self._machine)
+        return status
 
     def _report(self, status: dict[str, Any]) -> Stop:
         self._stop_of(status)

@@ -382,8 +382,9 @@ class Vm:
         ``HypervisorError`` or ``OSError`` if the host fails, and what a callable ``output`` raised. The machine is gone
         when this returns or raises, by ``KeyboardInterrupt`` too.
         """
-        run = self._launch(debugging=False)
+        run = _Run(debugging=False)
         try:
+            self._launch(run)
             return self._wait(run, timeout)
         finally:
             self._release(run)
@@ -394,7 +395,12 @@ class Vm:
         Raises ``VmStateError`` if a machine of this Vm runs already, and ``ConfigError``, ``HypervisorError`` or
         ``OSError`` if none can be made.
         """
-        self._launch(debugging=False)
+        run = _Run(debugging=False)
+        try:
+            self._launch(run)
+        except BaseException:
+            self._release(run)
+            raise
 
     def wait(self, timeout: float | None = None) -> VmResult:
         """Waits for the end of the guest that ``start()`` started. Called again after that, gives the same result.
@@ -417,12 +423,11 @@ class Vm:
 
         Returns at once. Without a running guest it does nothing.
         """
-        with self._lock:
-            run = self._run
-            if run is not None:
-                run.interrupted = True
-                if run.machine is not None:
-                    run.machine.end()
+        run = self._run
+        if run is not None:
+            run.interrupted = True
+            if run.machine is not None:
+                run.machine.end()
 
     def debug(self) -> Debugger:
         """Starts a machine that stands still before its first instruction, and gives the debugger that controls it.
@@ -431,10 +436,9 @@ class Vm:
         """
         from uhyve.debugger import Debugger
 
-        run = self._launch(debugging=True)
-        assert run.machine is not None
+        run = _Run(debugging=True)
         try:
-            return Debugger(self, run.machine)
+            return Debugger(self, self._launch(run))
         except BaseException:
             self._release(run)
             raise
@@ -462,32 +466,26 @@ class Vm:
         fields = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return f"Vm({', '.join([repr(self._image.name), *fields])})"
 
-    def _launch(self, debugging: bool) -> _Run:
-        run = _Run(debugging)
+    def _launch(self, run: _Run) -> Machine:
+        """Makes the machine of a run. Whoever calls this releases the run, whatever is raised."""
         with self._lock:
             if self._run is not None:
                 raise VmStateError(
                     "this Vm runs already: wait for its end or close() it, or make another Vm of the same image"
                 )
             self._run, self._result = run, None
-        try:
-            arguments = {**self._arguments, "debugging": debugging}
-            if self._host_environment:
-                arguments["env"] = _environment(os.environ)
-            if arguments["output"] == "stdout" and sys.stdout is not None:
-                # What Python has printed so far comes before what the guest writes.
-                sys.stdout.flush()
-            machine = Machine(self._image, arguments)
-        except BaseException:
-            with self._lock:
-                self._run = None
-            raise
-        with self._lock:
-            run.machine = machine
             _running.add(self)
-            if run.interrupted:
-                machine.end()
-        return run
+        arguments = {**self._arguments, "debugging": run.debugging}
+        if self._host_environment:
+            arguments["env"] = _environment(os.environ)
+        if arguments["output"] == "stdout" and sys.stdout is not None:
+            # What Python has printed so far comes before what the guest writes.
+            sys.stdout.flush()
+        # Kept by the run and nothing else, so that Ctrl-C at this very moment can't leave it running.
+        run.machine = Machine(self._image, arguments)
+        if run.interrupted:
+            run.machine.end()
+        return run.machine
 
     def _wait(self, run: _Run, timeout: float | None) -> VmResult:
         machine = run.machine

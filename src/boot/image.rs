@@ -84,7 +84,7 @@ impl Image {
         self.interface() == 1
             && self.entry_version() == 4
             && self.hermit_version().is_none()
-            && self.kernel().windows(BANNER.len()).any(|text| text == BANNER)
+            && memchr::memmem::find(self.kernel(), BANNER).is_some()
     }
 
     /// Whether the kernel can be loaded at another address than it was linked at.

@@ -160,6 +160,8 @@ struct Site {
 struct Planted {
     original: u8,
     users: u32,
+    /// Away for a while: what the guest executes is there.
+    lifted: bool,
 }
 
 /// All breakpoints of a VM. Changed only inside the exclusive section; read by every hit.
@@ -319,7 +321,7 @@ impl Table {
             .read(physical, &mut byte)
             .map_err(|e| Error::Breakpoint(format!("no breakpoint outside of RAM: {e}")))?;
         memory.write(physical, &[INT3])?;
-        self.planted.insert(physical, Planted { original: byte[0], users: 1 });
+        self.planted.insert(physical, Planted { original: byte[0], users: 1, lifted: false });
         Ok(())
     }
 
@@ -344,6 +346,7 @@ impl Table {
     /// Adopts what the guest wrote over planted bytes, and plants them again.
     pub fn replant(&mut self, memory: &GuestMemory) {
         for (physical, planted) in &mut self.planted {
+            planted.lifted = false;
             let mut byte = [0];
             if memory.read(*physical, &mut byte).is_ok() && byte[0] != INT3 {
                 planted.original = byte[0];
@@ -353,9 +356,11 @@ impl Table {
     }
 
     /// Takes the planted byte away for a while; inside the exclusive section only.
-    pub fn lift(&self, memory: &GuestMemory, physical: u64) {
-        if let Some(planted) = self.planted.get(&physical) {
-            self.restore(memory, physical, planted.original);
+    pub fn lift(&mut self, memory: &GuestMemory, physical: u64) {
+        if let Some(planted) = self.planted.get_mut(&physical) {
+            planted.lifted = true;
+            let original = planted.original;
+            self.restore(memory, physical, original);
         }
     }
 
@@ -387,7 +392,8 @@ impl Table {
         if memory.contains(address, data.len() as u64) {
             for (physical, planted) in self.planted.range_mut(address..end) {
                 let offset = usize::try_from(physical - address).expect("lies within the data");
-                planted.original = std::mem::replace(&mut data[offset], INT3);
+                let byte = if planted.lifted { data[offset] } else { INT3 };
+                planted.original = std::mem::replace(&mut data[offset], byte);
             }
         }
         memory.write(address, &data)

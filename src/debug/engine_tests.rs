@@ -718,8 +718,14 @@ fn stress(cpus: u32, seed: u64, time: Duration) {
     };
     let until = Instant::now() + time;
     let (number, mut seen) = std::thread::scope(|scope| {
-        let mut threads: Vec<_> =
-            (0..cpus).map(|n| scope.spawn({ let world = &world; move || world.vcpu(n, Random(seed ^ u64::from(n) << 32)) })).collect();
+        let mut threads: Vec<_> = (0..cpus)
+            .map(|n| {
+                scope.spawn({
+                    let world = &world;
+                    move || world.vcpu(n, Random(seed ^ u64::from(n) << 32))
+                })
+            })
+            .collect();
         threads.push(scope.spawn(|| {
             let mut random = Random(seed.rotate_left(17));
             while Instant::now() < until {

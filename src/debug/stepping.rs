@@ -8,7 +8,7 @@ use super::condition::{Context as ConditionContext, EvaluateError};
 use super::engine::Owner;
 use super::stop::StopReason;
 use super::view::View;
-use crate::backend::{DebugEvent, Exception, Exit, GuestDebug, Int3, Vcpu};
+use crate::backend::{DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
 use crate::error::{CrashReason, GuestFault, Result};
 use crate::paging::{self, PagingMode};
 use crate::registers::{RFLAGS_TF, RegisterId, Registers, SystemRegisters};
@@ -17,6 +17,20 @@ use crate::x86;
 
 /// MSR_TSC_AUX, what RDTSCP returns in ECX.
 const IA32_TSC_AUX: u32 = 0xc000_0103;
+
+/// Opcodes that a CPU does not step as it should: HLT may sleep on, and PUSHF pushes the trap flag of the step.
+const HLT: u8 = 0xf4;
+const PUSHF: u8 = 0x9c;
+/// The vector of `int3`.
+const BREAKPOINT: u64 = 3;
+
+/// Whether the instruction is a string instruction that REP repeats: it stays where it is until its count is over.
+fn is_repeated(code: &[u8]) -> bool {
+    let is_prefix = |byte: &&u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf2 | 0xf3);
+    let prefixes = code.iter().take_while(is_prefix).count();
+    code[..prefixes].iter().any(|byte| matches!(byte, 0xf2 | 0xf3))
+        && matches!(code.get(prefixes), Some(0x6c..=0x6f | 0xa4..=0xa7 | 0xaa..=0xaf))
+}
 
 /// How the instruction at the program counter was executed, or why not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,11 +128,16 @@ impl Seat<'_> {
     /// The program counter moved without the CPU: look whether it moved to a breakpoint that only stepping finds.
     fn after_instruction(&mut self) -> Result<Flow> {
         self.context().passed = None;
+        self.look_for_stepped()
+    }
+
+    fn look_for_stepped(&mut self) -> Result<Flow> {
         if !self.context().debug.single_step {
             return Ok(Flow::Continue);
         }
         let pc = self.context().cpu.registers()?.rip;
-        if self.machine.site_at(pc) == Some(SiteKind::Stepped) { self.hit(pc) } else { Ok(Flow::Continue) }
+        let arrived = self.context().passed != Some(pc) && self.machine.site_at(pc) == Some(SiteKind::Stepped);
+        if arrived { self.hit(pc) } else { Ok(Flow::Continue) }
     }
 
     /// A vCPU met a site: ask the breakpoints there.
@@ -221,29 +240,41 @@ impl Seat<'_> {
     fn step_over(&mut self, pc: u64, kind: SiteKind) -> Result<Flow> {
         let SiteKind::Planted(physical) = kind else {
             return match self.step_instruction(pc)? {
-                Flow::Continue => self.after_instruction(),
+                Flow::Continue => self.look_for_stepped(),
                 Flow::Leave => Ok(Flow::Leave),
             };
         };
         let (machine, number) = (self.machine, self.number);
         let exclusive = self.unlocked(|| machine.engine.exclusive(Owner::Vcpu(number)));
         let Some(exclusive) = exclusive.filter(|e| !e.stopped) else { return Ok(Flow::Leave) };
-        let table = || machine.table.read().unwrap_or_else(|e| e.into_inner());
+        let table = || machine.table.write().unwrap_or_else(|e| e.into_inner());
         table().lift(&machine.memory, physical);
         let flow = self.step_instruction(pc);
-        machine.table.write().unwrap_or_else(|e| e.into_inner()).replant(&machine.memory);
+        table().replant(&machine.memory);
         drop(exclusive);
         match flow? {
-            Flow::Continue => self.after_instruction(),
+            Flow::Continue => self.look_for_stepped(),
             Flow::Leave => Ok(Flow::Leave),
         }
     }
 
     /// Executes one instruction on the CPU, whatever breakpoints there are.
     fn step_instruction(&mut self, pc: u64) -> Result<Flow> {
+        let code = self.code_at(pc)?;
+        if matches!(code.first(), Some(&(HLT | PUSHF))) && self.emulate(&code)? == Emulation::Done {
+            self.context().passed = None;
+            return Ok(Flow::Continue);
+        }
         let block_interrupts = self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
         let before = self.context().cpu.registers()?;
-        let debug = GuestDebug { single_step: true, block_interrupts, ..self.other_sites(pc)? };
+        let mut debug = GuestDebug { single_step: true, block_interrupts, ..self.other_sites(pc)? };
+        if code.first() == Some(&INT3)
+            && let Some(handler) = self.gate(BREAKPOINT)?
+        {
+            // Entering the handler clears the trap flag, and leaves it in the frame for the guest to find.
+            debug.single_step = false;
+            debug.hardware[0] = Some(HardwareBreakpoint::execute(handler));
+        }
         self.context().armed = None;
         let mut flow = Flow::Continue;
         self.context().cpu.set_guest_debug(&debug)?;
@@ -289,10 +320,25 @@ impl Seat<'_> {
         }
         self.clear_trap_flag(&before, pc)?;
         self.context().armed = None;
-        if flow == Flow::Continue || self.context().cpu.registers()?.rip != pc {
+        let moved = self.context().cpu.registers()?.rip != pc;
+        if moved || flow == Flow::Continue && !is_repeated(&code) {
             self.context().passed = None;
         }
         Ok(flow)
+    }
+
+    /// Where the guest's gate for an interrupt vector leads (Intel SDM 3A, 6.14.1).
+    fn gate(&mut self, vector: u64) -> Result<Option<u64>> {
+        let system = self.context().cpu.system_registers()?;
+        let mut gate = [0; 16];
+        let address = system.idt.base.wrapping_add(vector * 16);
+        if u64::from(system.idt.limit) < vector * 16 + 15
+            || self.machine.view().read(&PagingMode::from(&system), address, &mut gate).is_err()
+        {
+            return Ok(None);
+        }
+        let [a, b, _, _, _, _, c, d, e, f, g, h, ..] = gate;
+        Ok(Some(u64::from_le_bytes([a, b, c, d, e, f, g, h])))
     }
 
     /// The breakpoints elsewhere: a step that raises an exception runs into its handler.
@@ -359,7 +405,8 @@ impl Seat<'_> {
             return Ok(());
         }
         let pc = self.context().cpu.registers()?.rip;
-        let found = if self.machine.site_at(pc).is_some() { self.decide(pc)? } else { None };
+        let arrived = self.machine.site_at(pc).is_some() && self.context().passed != Some(pc);
+        let found = if arrived { self.decide(pc)? } else { None };
         self.stop(pc, found.unwrap_or(StopReason::Step))?;
         Ok(())
     }
@@ -399,6 +446,13 @@ impl Seat<'_> {
         let before = state;
         let mode = PagingMode::from(&state.system);
         let user = state.system.cs.selector & 3 == 3;
+        if code[0] == HLT && !user {
+            // A step would not do: KVM on PVM never wakes a vCPU that halted while it was stepped.
+            state.registers.rip = state.registers.rip.wrapping_add(1);
+            cpu.set_registers(&state.registers)?;
+            cpu.halt()?;
+            return Ok(Emulation::Done);
+        }
         let mut bus = GuestBus { view: machine.view(), memory: &machine.memory, mode, user };
         let outcome = x86::step_bytes(&mut state, &mut bus, code);
         if state.fpu != before.fpu {

@@ -243,7 +243,10 @@ impl PyMachine {
             Some(seconds) => Some(deadline(seconds).map_err(|e| to_python(py, e))?),
         };
         let mut check = || Python::attach(|py| py.check_signals()).map_err(Interrupted::Raised);
-        let status = py.detach(|| machine.wait(deadline, &mut check)).map_err(|e| e.into_python(py))?;
+        let status = py.detach(|| machine.wait(deadline, &mut check)).map_err(|e| match e {
+            Interrupted::Raised(error) => error,
+            Interrupted::Failed(error) => self.callbacks.take_console_error().unwrap_or_else(|| to_python(py, error)),
+        })?;
         match status {
             Some(status) => self.status_dict(py, status),
             None => Ok(None),
@@ -454,15 +457,6 @@ enum Interrupted {
 impl From<Error> for Interrupted {
     fn from(error: Error) -> Self {
         Self::Failed(error)
-    }
-}
-
-impl Interrupted {
-    fn into_python(self, py: Python<'_>) -> PyErr {
-        match self {
-            Self::Raised(error) => error,
-            Self::Failed(error) => to_python(py, error),
-        }
     }
 }
 

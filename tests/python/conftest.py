@@ -139,9 +139,7 @@ def hermit_060(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _cargo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["cargo", *arguments], cwd=folder, capture_output=True, text=True, timeout=110, check=False
-    )
+    return subprocess.run(["cargo", *arguments], cwd=folder, capture_output=True, text=True, timeout=110, check=False)
 
 
 @pytest.fixture(scope="session")
@@ -159,17 +157,17 @@ def hermit_069() -> Path:
 # Threads, waiting, processes.
 
 
-def vm_threads() -> list[str]:
-    """The names of this process's threads that belong to VMs."""
-    names = []
+def vm_threads() -> dict[str, str]:
+    """This process's threads that belong to VMs: number and name."""
+    threads = {}
     for task in Path("/proc/self/task").iterdir():
         try:
             name = (task / "comm").read_text().strip()
         except OSError:
             continue
         if name.startswith("uhyve"):
-            names.append(name)
-    return sorted(names)
+            threads[task.name] = name
+    return threads
 
 
 def poll(condition: Callable[[], object], timeout: float = 10.0) -> bool:
@@ -190,11 +188,17 @@ def wait_until() -> Callable[..., bool]:
 
 @pytest.fixture(autouse=True)
 def no_leftovers(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
-    """Fails a test that leaves threads of a VM behind. Its value gives the names of those that live now."""
-    yield vm_threads
+    """Fails a test that leaves threads of a VM behind; its value gives the names of those that live now."""
+    # A test that failed keeps its VM in its traceback: that is not this one's fault.
+    before = vm_threads()
+
+    def own() -> list[str]:
+        return sorted(name for number, name in vm_threads().items() if number not in before)
+
+    yield own
     if request.node.get_closest_marker("kvm"):
-        poll(lambda: not vm_threads(), timeout=2)
-        assert vm_threads() == [], "threads of a VM outlive the test"
+        poll(lambda: not own(), timeout=2)
+        assert own() == [], "threads of a VM outlive the test"
 
 
 class Child:

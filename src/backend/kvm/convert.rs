@@ -1,6 +1,6 @@
 //! Between KVM's register structs and ours.
 
-use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use crate::registers::{
     DescriptorTable, FpuState, Registers, Segment, SystemRegisters, segment_attributes as attributes,
@@ -131,36 +131,52 @@ pub(super) fn apply(system: &SystemRegisters, target: &mut kvm_sregs) {
     (target.efer, target.apic_base) = (system.efer, system.apic_base);
 }
 
-impl From<&kvm_fpu> for FpuState {
-    fn from(f: &kvm_fpu) -> Self {
-        Self {
-            st: f.fpr,
-            fcw: f.fcw,
-            fsw: f.fsw,
-            ftw: f.ftwx,
-            fop: f.last_opcode,
-            fip: f.last_ip,
-            fdp: f.last_dp,
-            xmm: f.xmm.map(u128::from_le_bytes),
-            mxcsr: f.mxcsr,
-        }
+/// Words of the legacy area of XSAVE (Intel SDM 1, 10.5.1).
+const FIP: usize = 2;
+const FDP: usize = 4;
+const MXCSR: usize = 6;
+const ST: usize = 8;
+const XMM: usize = 40;
+
+/// The x87 and SSE state in an XSAVE area. (KVM_GET_FPU has a field for MXCSR, but KVM does not fill it.)
+pub(super) fn fpu(area: &[u32]) -> FpuState {
+    let halves = |word: usize| {
+        let [a, b, c, d] = area[word].to_le_bytes();
+        (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))
+    };
+    let register = |word: usize| (0..4).fold(0u128, |value, i| value | u128::from(area[word + i]) << (32 * i));
+    let ((fcw, fsw), (ftw, fop)) = (halves(0), halves(1));
+    FpuState {
+        st: std::array::from_fn(|i| register(ST + 4 * i).to_le_bytes()),
+        fcw,
+        fsw,
+        ftw: ftw.to_le_bytes()[0],
+        fop,
+        fip: u64::from(area[FIP]) | u64::from(area[FIP + 1]) << 32,
+        fdp: u64::from(area[FDP]) | u64::from(area[FDP + 1]) << 32,
+        xmm: std::array::from_fn(|i| register(XMM + 4 * i)),
+        mxcsr: area[MXCSR],
     }
 }
 
-impl From<&FpuState> for kvm_fpu {
-    fn from(f: &FpuState) -> Self {
-        Self {
-            fpr: f.st,
-            fcw: f.fcw,
-            fsw: f.fsw,
-            ftwx: f.ftw,
-            last_opcode: f.fop,
-            last_ip: f.fip,
-            last_dp: f.fdp,
-            xmm: f.xmm.map(u128::to_le_bytes),
-            mxcsr: f.mxcsr,
-            ..Default::default()
+/// Overwrites the x87 and SSE state in an XSAVE area.
+pub(super) fn put_fpu(fpu: &FpuState, area: &mut [u32]) {
+    let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+    area[0] = u32::from(fpu.fcw) | u32::from(fpu.fsw) << 16;
+    area[1] = u32::from(fpu.ftw) | u32::from(fpu.fop) << 16;
+    area[MXCSR] = fpu.mxcsr;
+    let mut put = |at: usize, bytes: &[u8]| {
+        for (target, source) in area[at..].iter_mut().zip(bytes.chunks_exact(4)) {
+            *target = word(source);
         }
+    };
+    put(FIP, &fpu.fip.to_le_bytes());
+    put(FDP, &fpu.fdp.to_le_bytes());
+    for (i, st) in fpu.st.iter().enumerate() {
+        put(ST + 4 * i, st);
+    }
+    for (i, xmm) in fpu.xmm.iter().enumerate() {
+        put(XMM + 4 * i, &xmm.to_le_bytes());
     }
 }
 
@@ -172,14 +188,20 @@ mod tests {
     fn test_registers_survive_the_round_trip() {
         let registers = Registers { general: std::array::from_fn(|i| 0x1111 * i as u64), rip: 77, rflags: 2 };
         assert_eq!(Registers::from(&kvm_regs::from(&registers)), registers);
-        let fpu = FpuState {
+        let state = FpuState {
+            st: std::array::from_fn(|i| (u128::MAX / (i as u128 + 1)).to_le_bytes()),
             xmm: std::array::from_fn(|i| u128::MAX - i as u128),
             fcw: 1,
             fsw: 2,
             ftw: 3,
-            ..Default::default()
+            fop: 4,
+            fip: 5 << 32 | 6,
+            fdp: 7 << 32 | 8,
+            mxcsr: 9,
         };
-        assert_eq!(FpuState::from(&kvm_fpu::from(&fpu)), fpu);
+        let mut area = [0; 1024];
+        put_fpu(&state, &mut area);
+        assert_eq!(fpu(&area), state);
     }
 
     #[test]

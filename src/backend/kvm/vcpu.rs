@@ -8,7 +8,7 @@ use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
     KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
     KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
-    KVM_GUESTDBG_USE_SW_BP, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_REGS, Msrs, kvm_guest_debug, kvm_mp_state,
+    KVM_GUESTDBG_USE_SW_BP, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_REGS, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_guest_debug, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_run,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
@@ -26,6 +26,7 @@ const SYNC_EXITS: u8 = 64;
 /// Words of the XSAVE area in its standard format (Intel SDM 1, 13.4): XSTATE_BV, and the upper halves of the YMM registers.
 const XSTATE_BV: usize = 512 / 4;
 const YMM_HIGH: usize = 576 / 4;
+const XSTATE_X87_SSE: u32 = 3;
 const XSTATE_AVX: u32 = 4;
 const DR7_RESERVED: u64 = 0x400;
 /// DR7.LE and GE: exact breakpoints.
@@ -317,11 +318,15 @@ impl Vcpu for KvmVcpu {
     }
 
     fn fpu(&mut self) -> Result<FpuState> {
-        Ok(FpuState::from(&self.fd.get_fpu().map_err(failed("KVM_GET_FPU"))?))
+        Ok(convert::fpu(&self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?.region))
     }
 
     fn set_fpu(&mut self, fpu: &FpuState) -> Result<()> {
-        self.fd.set_fpu(&fpu.into()).map_err(failed("KVM_SET_FPU"))
+        let mut area = self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
+        area.region[XSTATE_BV] |= XSTATE_X87_SSE;
+        convert::put_fpu(fpu, &mut area.region);
+        // SAFETY: no feature that makes the area larger than 4 KiB was enabled for this process's guests.
+        unsafe { self.fd.set_xsave(&area) }.map_err(failed("KVM_SET_XSAVE"))
     }
 
     fn ymm_high(&mut self) -> Result<[u128; 16]> {
@@ -392,6 +397,17 @@ impl Vcpu for KvmVcpu {
         events.exception.has_error_code = u8::from(exception.error_code.is_some());
         events.exception.error_code = exception.error_code.unwrap_or(0);
         self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn halt(&mut self) -> Result<()> {
+        // HLT is behind the instruction whose interrupts STI holds off; a shadow that stays would keep it asleep.
+        let mut events = self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+        events.interrupt.shadow = 0;
+        events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
+        self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
+        self.fd
+            .set_mp_state(kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_HALTED })
+            .map_err(failed("KVM_SET_MP_STATE"))
     }
 
     fn kick_handle(&self) -> Arc<dyn Kick> {

@@ -124,9 +124,11 @@ def test_hostile_exit_by_a_string_instruction_is_refused(guest: Callable[..., Pa
     try:
         result = vm.run(LIMIT)
     except GuestCrashError as error:
-        assert "Exit with a bad pointer to its code" in error.reason
+        ending = (error.reason.partition(":")[0], error.output)
     else:
-        assert (result.code, result.output) == (95, "section 24\nstill here\n")
+        ending = (result.code, result.output)
+
+    assert ending in [(95, "section 24\nstill here\n"), ("Exit with a bad pointer to its code", "section 24\n")]
 
 
 def test_hostile_guests_side_by_side_in_one_process_get_through(guest: Callable[..., Path]) -> None:

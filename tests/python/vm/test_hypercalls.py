@@ -96,7 +96,12 @@ def test_mapped_file_directory_and_bytes_can_be_read(
 ) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "file").write_bytes(b"contents\n")
-    files = {"/one": tmp_path / "below" / "file", "/all": tmp_path, "/bytes": b"of Python\n", "/deep/er/x": str(tmp_path)}
+    files = {
+        "/one": tmp_path / "below" / "file",
+        "/all": tmp_path,
+        "/bytes": b"of Python\n",
+        "/deep/er/x": str(tmp_path),
+    }
 
     for path, text in [
         ("/one", "contents"),
@@ -115,7 +120,9 @@ def test_mapped_bytes_of_a_megabyte_arrive(read_path: Callable[..., str]) -> Non
 
 
 @pytest.mark.parametrize("interface", [1, 2, 3])
-@pytest.mark.parametrize("path", ["/missing", "/data/missing", "/data/hello.txt/below", "/etc/passwd", "/data/../etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["/missing", "/data/missing", "/data/hello.txt/below", "/etc/passwd", "/data/../etc/passwd"]
+)
 def test_path_that_is_not_mapped_cant_be_opened(
     read_path: Callable[..., str], data: Path, path: str, interface: int
 ) -> None:
@@ -273,9 +280,7 @@ def test_statistics_count_pci_probes_apart(guest: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 10, 1000])
-def test_statistics_of_a_guest_without_exits_are_the_same_for_any_work(
-    guest: Callable[..., Path], count: int
-) -> None:
+def test_statistics_of_a_guest_without_exits_are_the_same_for_any_work(guest: Callable[..., Path], count: int) -> None:
     result = Vm(guest("loop", defines=[f"COUNT={count}"])).run(LIMIT)
 
     assert result.output == f"calls={count} total={3 * sum(range(count))}\n"

@@ -77,9 +77,7 @@ def test_crash_by_an_access_to_nothing_names_the_address(guest: Callable[..., Pa
     assert error.symbol.startswith(f"crash_{kind}")
 
 
-def test_crash_by_an_unknown_instruction_gives_bytes_and_disassembly(
-    guest: Callable[..., Path], kvm_kind: str
-) -> None:
+def test_crash_by_an_unknown_instruction_gives_bytes_and_disassembly(guest: Callable[..., Path], kvm_kind: str) -> None:
     vm = Vm(guest("crash", defines=["KIND=avx"]))
 
     if kvm_kind == "hardware":
@@ -95,9 +93,7 @@ def test_crash_by_an_unknown_instruction_gives_bytes_and_disassembly(
 
 @pytest.mark.parametrize("interface", [2, 3])
 @pytest.mark.parametrize("pie", [True, False])
-def test_crash_on_every_kind_of_image_finds_the_symbol(
-    guest: Callable[..., Path], interface: int, pie: bool
-) -> None:
+def test_crash_on_every_kind_of_image_finds_the_symbol(guest: Callable[..., Path], interface: int, pie: bool) -> None:
     error = crash(Vm(guest("crash", interface=interface, pie=pie, defines=["KIND=triple"])))
 
     assert error.symbol is not None

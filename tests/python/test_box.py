@@ -1,0 +1,39 @@
+"""The tests of running VMs once more, on the full KVM of the emulated machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BOX = REPOSITORY / "tools" / "kvmbox"
+
+
+@pytest.mark.box
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_vms_and_images_in_the_box_pass_there_too() -> None:
+    check = subprocess.run([BOX, "--check"], capture_output=True, text=True, check=False)
+    if check.returncode != 0:
+        reason = f"tools/kvmbox can't run here: {(check.stdout + check.stderr).strip()}"
+        if os.environ.get("UHYVE_REQUIRE_BOX") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    tests = [REPOSITORY / "tests" / "python" / folder for folder in ("vm", "images")]
+    pytest_run = [sys.executable, "-m", "pytest", "-m", "not box", "-p", "no:cacheprovider", "-q", *tests]
+
+    done = subprocess.run(
+        [BOX, "--", *pytest_run],
+        cwd=REPOSITORY,
+        env=os.environ | {"UHYVE_REQUIRE_KVM": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    assert " passed" in done.stdout
