@@ -505,26 +505,23 @@ class Vm:
             raise TimeoutExpired(
                 f"the guest did not end within {timeout:g} s", timeout=timeout, output=text_of(machine)
             )
-        self._release(run)
-        code = status["ended"]
-        if code is None:
+        # Its threads are joined before its counters are read.
+        machine.close()
+        result = None if status["ended"] is None else result_of(machine, status["ended"])
+        self._release(run, result)
+        if result is None:
             raise VmStateError(
                 "the VM was interrupted" if run.interrupted else "the VM was closed before its guest ended"
             )
-        result = result_of(machine, code)
-        with self._lock:
-            if self._run is None:
-                self._result = result
         return result
 
-    def _release(self, run: _Run) -> None:
+    def _release(self, run: _Run, result: VmResult | None = None) -> None:
         """Ends a machine and makes room for the next one."""
-        machine = run.machine
-        if machine is not None:
-            machine.close()
+        if run.machine is not None:
+            run.machine.close()
         with self._lock:
             if self._run is run:
-                self._run = None
+                self._run, self._result = None, result
                 _running.discard(self)
 
     def _release_machine(self, machine: Machine) -> None:

@@ -427,24 +427,28 @@ def test_detach_by_a_context_manager_leaves_the_guest_running(guest: Callable[..
 @CPUS
 @pytest.mark.parametrize("name", ["busy", "halt", "hang", "smp"])
 def test_close_of_a_running_guest_leaves_no_thread(
-    guest: Callable[..., Path], name: str, cpus: int, no_leftovers: Callable[[], list[str]]
+    guest: Callable[..., Path],
+    name: str,
+    cpus: int,
+    no_leftovers: Callable[[], list[str]],
+    wait_until: Callable[..., bool],
 ) -> None:
     dbg = Vm(guest(name), cpus=cpus).debug()
     dbg.cont(wait=False)
 
     dbg.close()
 
-    assert no_leftovers() == []
+    assert wait_until(lambda: no_leftovers() == [], LIMIT)
 
 
 def test_close_by_an_exception_in_the_with_block_passes_it_on(
-    guest: Callable[..., Path], no_leftovers: Callable[[], list[str]]
+    guest: Callable[..., Path], no_leftovers: Callable[[], list[str]], wait_until: Callable[..., bool]
 ) -> None:
     with pytest.raises(KeyError, match="mine"), Vm(guest("busy"), cpus=2).debug() as dbg:
         dbg.cont(wait=False)
         raise KeyError("mine")
 
-    assert no_leftovers() == []
+    assert wait_until(lambda: no_leftovers() == [], LIMIT)
     assert not dbg.vm.running
 
 

@@ -390,9 +390,7 @@ def test_temporary_breakpoint_whose_stop_nobody_waited_for_is_gone_too(
 
 
 @CPUS
-def test_temporary_breakpoint_that_several_vcpus_meet_at_once_stops_once(
-    guest: Callable[..., Path], cpus: int
-) -> None:
+def test_temporary_breakpoint_that_several_vcpus_meet_at_once_stops_once(guest: Callable[..., Path], cpus: int) -> None:
     for _ in range(10):
         with Vm(guest("smp", defines=[f"COUNT={COUNT}"]), cpus=cpus).debug() as dbg:
             dbg.breakpoint("tick", temporary=True)
@@ -705,8 +703,8 @@ def test_breakpoint_in_an_exception_handler_is_met(guest: Callable[..., Path]) -
         assert breakpoint_.hits == 2
 
 
-def test_breakpoint_on_an_instruction_that_faults_lets_the_guest_handle_it_and_is_met_again(
-    guest: Callable[..., Path],
+def test_breakpoint_on_an_instruction_that_faulted_is_met_when_it_is_done_again(
+    guest: Callable[..., Path], capabilities: dict[str, Any]
 ) -> None:
     with Vm(guest("faults")).debug() as dbg:
         dbg.breakpoint("on_page_fault", temporary=True)
@@ -716,12 +714,14 @@ def test_breakpoint_on_an_instruction_that_faults_lets_the_guest_handle_it_and_i
             word for word in frame if (dbg.symbolize(word) or "").startswith(("guest_main", "test_page_fault"))
         ]
         breakpoint_ = dbg.breakpoint(faulting)
+        # A fault sets RF in the flags that it saves, which keeps debug registers quiet for that instruction.
+        met = 0 if capabilities["int3"] == "not intercepted" else 1
 
-        stop = dbg.cont(timeout=LIMIT)
+        stops = [dbg.cont(timeout=LIMIT) for _ in range(met)]
 
-        assert (stop.reason, stop.pc) == ("breakpoint", faulting), "the store is done again after the handler"
+        assert [(stop.reason, stop.pc) for stop in stops] == [("breakpoint", faulting)] * met
         assert dbg.cont(timeout=LIMIT).reason == "exit"
-        assert breakpoint_.reached == 1
+        assert breakpoint_.reached == met
         assert dbg.output.endswith("faults ok\n")
 
 
@@ -731,7 +731,9 @@ def test_breakpoint_in_an_interrupt_handler_counts_every_interrupt(guest: Callab
 
         assert to_the_end(dbg) == [5, 10]
 
-        assert (breakpoint_.reached, breakpoint_.hits, counter(dbg, "timer_ticks")) == (10, 2, 10)
+        # One more may come before the guest looks.
+        assert 10 <= breakpoint_.reached == counter(dbg, "timer_ticks") < 15
+        assert breakpoint_.hits == 2
 
 
 def test_breakpoint_after_close_raises(loop: Path) -> None:

@@ -540,7 +540,7 @@ def test_callback_of_a_deleted_breakpoint_and_of_a_replaced_condition_is_let_go(
 
 
 def test_many_debuggers_one_after_the_other_leave_no_threads_and_no_descriptors(
-    loop: Path, no_leftovers: Callable[[], list[str]]
+    loop: Path, no_leftovers: Callable[[], list[str]], wait_until: Callable[..., bool]
 ) -> None:
     def run() -> None:
         with Vm(loop, cpus=2).debug() as dbg:
@@ -555,7 +555,7 @@ def test_many_debuggers_one_after_the_other_leave_no_threads_and_no_descriptors(
     gc.collect()
 
     assert len(os.listdir("/proc/self/fd")) <= before
-    assert no_leftovers() == []
+    assert wait_until(lambda: no_leftovers() == [], LIMIT)
 
 
 # Ctrl-C.

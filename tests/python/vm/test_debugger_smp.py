@@ -303,12 +303,14 @@ def test_detach_with_a_pending_hit_lets_the_guest_end(smp: Path) -> None:
         assert (result.code, result.output.splitlines()[-1]) == (0, f"all={2 * COUNT}")
 
 
-def test_close_with_a_pending_hit_leaves_no_thread(smp: Path, no_leftovers: Callable[[], list[str]]) -> None:
+def test_close_with_a_pending_hit_leaves_no_thread(
+    smp: Path, no_leftovers: Callable[[], list[str]], wait_until: Callable[..., bool]
+) -> None:
     dbg, _ = both_pending(smp)
 
     dbg.close()
 
-    assert no_leftovers() == []
+    assert wait_until(lambda: no_leftovers() == [], LIMIT)
 
 
 def test_two_simultaneous_failures_of_callbacks_are_both_raised(smp: Path) -> None:
@@ -357,9 +359,7 @@ def test_callback_that_raises_on_one_vcpu_stops_all_and_the_guest_can_go_on(smp:
 
 
 @CPUS
-def test_storm_of_interrupts_loses_no_tick_and_makes_no_stop_of_its_own(
-    guest: Callable[..., Path], cpus: int
-) -> None:
+def test_storm_of_interrupts_loses_no_tick_and_makes_no_stop_of_its_own(guest: Callable[..., Path], cpus: int) -> None:
     count = 300
     over = threading.Event()
     with Vm(guest("smp", defines=[f"COUNT={count}"]), cpus=cpus).debug() as dbg:
@@ -545,7 +545,7 @@ def test_exit_of_one_vcpu_in_the_middle_stops_the_others(guest: Callable[..., Pa
 
 @CPUS
 def test_close_while_callbacks_run_waits_for_them(
-    smp: Path, cpus: int, no_leftovers: Callable[[], list[str]]
+    smp: Path, cpus: int, no_leftovers: Callable[[], list[str]], wait_until: Callable[..., bool]
 ) -> None:
     inside, leave = threading.Event(), threading.Event()
     returned: list[int] = []
@@ -567,7 +567,7 @@ def test_close_while_callbacks_run_waits_for_them(
 
     assert not closing.is_alive()
     assert returned
-    assert no_leftovers() == []
+    assert wait_until(lambda: no_leftovers() == [], LIMIT)
 
 
 # Anything at any time.
