@@ -443,10 +443,10 @@ impl Machine {
         }
     }
 
-    /// Takes the port writes that wait in the queue. What is counted, is for `vcpu`.
+    /// Takes the port writes that wait in the queue; what is counted, is for `vcpu`. While the queue is locked nothing
+    /// waits and nobody is called: complete lines go to the sink afterwards.
     pub(crate) fn drain(&self, vcpu: u32, cancelled: &dyn Fn() -> bool) -> Result<()> {
         let Some(queue) = self.coalesced.as_ref().filter(|q| !q.is_empty()) else { return Ok(()) };
-        let mut failure = None;
         queue.drain(&mut |port, data| {
             if port != CONSOLE_PORT {
                 let mut value = [0; 4];
@@ -456,19 +456,22 @@ impl Machine {
                 self.stats.count(vcpu, ExitKind::PciWrite);
                 return true;
             }
-            match self.console.write(&data[..1], cancelled) {
-                Ok(()) => {
-                    self.stats.count_hypercall(vcpu, Kind::SerialWriteByte);
-                    true
-                }
-                Err(source) if source.kind() == std::io::ErrorKind::Interrupted => false,
-                Err(source) => {
-                    failure = Some(Error::Host { what: "console output".into(), source });
-                    false
-                }
+            let taken = self.console.push(&data[..1]);
+            if taken {
+                self.stats.count_hypercall(vcpu, Kind::SerialWriteByte);
             }
+            taken
         });
-        failure.map_or(Ok(()), Err)
+        if self.console.is_callback() { Ok(()) } else { self.deliver(cancelled) }
+    }
+
+    fn deliver(&self, cancelled: &dyn Fn() -> bool) -> Result<()> {
+        match self.console.deliver(cancelled) {
+            Err(source) if source.kind() != std::io::ErrorKind::Interrupted => {
+                Err(Error::Host { what: "console output".into(), source })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Starts the thread that brings console output out while nobody else does: queued bytes of a guest that makes no
@@ -476,7 +479,7 @@ impl Machine {
     fn spawn_pump(self: &Arc<Self>) -> Result<()> {
         let machine = self.clone();
         let every = self.coalesced.is_some().then_some(DRAIN_EVERY);
-        if every.is_none() {
+        if every.is_none() || self.console.is_callback() {
             let pump = self.pump.clone();
             self.console.set_notifier(Box::new(move || pump.wake()));
         }
@@ -484,13 +487,8 @@ impl Machine {
             vcpu::enter_thread(&machine, None);
             // While the world stands still, nothing comes into the queue.
             while machine.pump.sleep(every.filter(|_| matches!(machine.engine.status(), Status::Running))) {
-                let ended = || machine.pump.is_over();
-                if let Err(error) = machine.drain(0, &ended) {
+                if let Err(error) = machine.pump_console() {
                     machine.engine.end(End::Failed(error));
-                }
-                if machine.console.has_unflushed() && machine.pump.linger(FLUSH_AFTER) {
-                    // What the sink does not take now, it takes later.
-                    let _ = machine.console.flush(&|| true);
                 }
             }
         };
@@ -498,6 +496,23 @@ impl Machine {
         let handle = thread.map_err(|source| Error::Host { what: "can't start the console thread".into(), source })?;
         self.threads().push(handle);
         Ok(())
+    }
+
+    /// One round of the console's thread.
+    fn pump_console(&self) -> Result<()> {
+        let over = || self.pump.is_over();
+        self.drain(0, &over)?;
+        self.deliver(&over)?;
+        if !self.console.has_unflushed() || !self.pump.linger(FLUSH_AFTER) {
+            return Ok(());
+        }
+        match self.console.flush(&|| true) {
+            // What the sink does not take now, it takes later.
+            Err(source) if source.kind() != std::io::ErrorKind::Interrupted => {
+                Err(Error::Host { what: "console output".into(), source })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A temporary breakpoint is gone once it has stopped the world.

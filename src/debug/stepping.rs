@@ -11,7 +11,7 @@ use super::view::View;
 use crate::backend::{DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
 use crate::error::{CrashReason, GuestFault, Result};
 use crate::paging::{self, PagingMode};
-use crate::registers::{RFLAGS_TF, RegisterId, Registers, SystemRegisters};
+use crate::registers::{RFLAGS_RF, RFLAGS_TF, RSP, RegisterId, Registers, SystemRegisters};
 use crate::vcpu::{self, Flow, Seat};
 use crate::x86;
 
@@ -378,6 +378,32 @@ impl Seat<'_> {
             if after.rflags & RFLAGS_TF != 0 && after.rip != pc {
                 after.rflags &= !RFLAGS_TF;
                 cpu.set_registers(&after)?;
+            }
+            self.clear_saved_trap_flag(before, &after)?;
+        }
+        Ok(())
+    }
+
+    /// An exception saves the trap flag of the step that raised it, and the guest's IRET would bring it to life. The
+    /// frame (Intel SDM 3A, 6.14.2) lies behind an error code, perhaps, and what the handler has pushed since.
+    fn clear_saved_trap_flag(&mut self, before: &Registers, after: &Registers) -> Result<()> {
+        const LONGEST_INSTRUCTION: u64 = 15;
+        let (old, new) = (before.general[RSP], after.general[RSP]);
+        if new == old {
+            return Ok(());
+        }
+        let mode = self.paging_mode()?;
+        let view = self.machine.view();
+        let mut stack = [0; 7 * 8];
+        if view.read(&mode, new, &mut stack).is_err() {
+            return Ok(());
+        }
+        let words: Vec<u64> = stack.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().expect("8"))).collect();
+        for (frame, at) in words.windows(5).zip((new..).step_by(8)) {
+            let [rip, _cs, rflags, rsp, _ss] = frame else { continue };
+            let changed = rflags ^ before.rflags;
+            if rip.wrapping_sub(before.rip) <= LONGEST_INSTRUCTION && *rsp == old && changed & !RFLAGS_RF == RFLAGS_TF {
+                view.write(&mode, at.wrapping_add(16), &(rflags & !RFLAGS_TF).to_le_bytes())?;
             }
         }
         Ok(())

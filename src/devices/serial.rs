@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -19,6 +20,8 @@ use crate::isolation::wait::{is_ready, wait};
 const PIECE: usize = 8 << 10;
 /// A writer waits while the buffer holds this much.
 const FULL: usize = 64 << 10;
+/// How long a writer waits for room before it looks whether it is asked to stop.
+const ROOM_WAIT: Duration = Duration::from_millis(5);
 /// A pipe that polls as writable takes this much without blocking (`PIPE_BUF`).
 const PIPE_CHUNK: usize = 4096;
 
@@ -63,6 +66,8 @@ enum Sink {
 pub struct Serial {
     sink: Sink,
     state: Mutex<State>,
+    /// Signalled when a callback has taken something from the buffer.
+    room: Condvar,
 }
 
 #[derive(Default)]
@@ -105,11 +110,12 @@ impl Serial {
                 Sink::Callback { idle: EventFd::from_value_and_flags(1, flags)? }
             }
         };
-        Ok(Self { sink, state: Mutex::new(state) })
+        Ok(Self { sink, state: Mutex::new(state), room: Condvar::new() })
     }
 
     /// Calls `notifier` when an incomplete line starts to wait in the buffer (or output that the sink doesn't take
-    /// now), so that somebody may flush it a little later. It runs on the writing thread, without a lock.
+    /// now), so that somebody may flush it a little later. It runs on the writing thread, without a lock. A callback
+    /// is from then on never called by a writing thread: who is notified calls [`Serial::deliver`].
     pub fn set_notifier(&self, notifier: Box<dyn Fn() + Send + Sync>) {
         lock(&self.state).notifier = Some(Arc::from(notifier));
     }
@@ -139,7 +145,7 @@ impl Serial {
                 let was_empty = state.buffer.is_empty();
                 state.buffer.extend_from_slice(bytes);
                 let is_due = state.buffer.len() >= PIECE || bytes.contains(&b'\n');
-                if is_due {
+                if is_due && !self.is_served(&state) {
                     state = self.drain(state, false, cancelled)?;
                 }
                 if (was_empty || is_due) && !state.buffer.is_empty() {
@@ -152,6 +158,42 @@ impl Serial {
                 Ok(())
             }
         }
+    }
+
+    /// Takes `bytes` without giving any to the sink. False, and none taken, while the buffer is full.
+    pub fn push(&self, bytes: &[u8]) -> bool {
+        if matches!(self.sink, Sink::Capture { .. } | Sink::Discard) {
+            return self.write(bytes, &|| true).is_ok();
+        }
+        let mut state = lock(&self.state);
+        if state.failed {
+            return true;
+        }
+        let has_room = state.buffer.len() < FULL;
+        if has_room {
+            state.buffer.extend_from_slice(bytes);
+        }
+        has_room
+    }
+
+    /// Gives the sink the complete lines of the buffer, as far as it takes them now.
+    pub fn deliver(&self, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
+        let state = lock(&self.state);
+        let is_due = state.buffer.len() >= PIECE || state.buffer.contains(&b'\n');
+        if is_due && !matches!(self.sink, Sink::Capture { .. }) {
+            drop(self.drain(state, false, cancelled)?);
+        }
+        Ok(())
+    }
+
+    /// Whether the sink is a callback.
+    pub fn is_callback(&self) -> bool {
+        matches!(self.sink, Sink::Callback { .. })
+    }
+
+    /// Whether somebody else calls the callback.
+    fn is_served(&self, state: &State) -> bool {
+        self.is_callback() && state.notifier.is_some()
     }
 
     /// Gives the sink all that is in the buffer, waiting for it if need be. While another thread is in the callback,
@@ -220,7 +262,11 @@ impl Serial {
         cancelled: &dyn Fn() -> bool,
     ) -> io::Result<MutexGuard<'a, State>> {
         loop {
-            state = self.drain(state, false, cancelled)?;
+            if self.is_served(&state) {
+                state = self.wait_for_room(state, cancelled)?;
+            } else {
+                state = self.drain(state, false, cancelled)?;
+            }
             if state.buffer.len() < FULL {
                 return Ok(state);
             }
@@ -228,6 +274,22 @@ impl Serial {
             self.wait(cancelled)?;
             state = lock(&self.state);
         }
+    }
+
+    /// Waits a little for whoever calls the callback. A kick can't end a wait for a condition, so it is short.
+    fn wait_for_room<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> io::Result<MutexGuard<'a, State>> {
+        if cancelled() {
+            return Err(interrupted());
+        }
+        let notifier = state.notifier.clone();
+        if let Some(notify) = notifier {
+            notify();
+        }
+        Ok(self.room.wait_timeout(state, ROOM_WAIT).unwrap_or_else(PoisonError::into_inner).0)
     }
 
     /// Gives the sink what it takes without waiting: for a callback whole lines, or everything.
@@ -267,6 +329,7 @@ impl Serial {
             let result = turn.call(&piece);
             delivered += length;
             state = lock(&self.state);
+            self.room.notify_all();
             if result.is_err() {
                 state.failed = true;
                 state.buffer.clear();

@@ -297,10 +297,12 @@ impl PyMachine {
             return Ok(());
         }
         py.detach(|| self.machine.close());
-        if !crate::vcpu::is_own_thread(&self.machine) {
-            self.callbacks.clear();
+        if crate::vcpu::is_own_thread(&self.machine) {
+            return Ok(());
         }
-        Ok(())
+        self.callbacks.clear();
+        // A console callback may have raised after everybody stopped waiting.
+        self.callbacks.take_console_error().map_or(Ok(()), Err)
     }
 
     #[pyo3(signature = (address, *, location, compiled, predicate, ignore, temporary, vcpu, enabled, name, hardware))]

@@ -21,7 +21,7 @@ COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines() if re.m
 EXPECTED = {
     "Vm.demo(cpus=2).run": "vCPU 0 stopped at handle_request",
     "sys_open": "Hostname: changed",
-    "core::fmt::write": "calls of core::fmt::write until exit code 0",
+    "log::__private_api_log": "41 calls of log::__private_api_log until exit code 0",
     "on_request": "after 7 requests",
 }
 

@@ -11,6 +11,7 @@ use crate::backend::Coalesced;
 use crate::error::{Error, Result};
 
 const PAGE: usize = 4096;
+#[allow(clippy::cast_possible_truncation)]
 /// Entries that fit behind the header in the one page of the ring.
 const ENTRIES: u32 = ((PAGE - size_of::<kvm_coalesced_mmio_ring>()) / size_of::<kvm_coalesced_mmio>()) as u32;
 

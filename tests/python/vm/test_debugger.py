@@ -116,6 +116,14 @@ def test_exit_by_another_vcpu_names_that_vcpu(guest: Callable[..., Path]) -> Non
         assert (stop.reason, stop.vcpu, stop.code) == ("exit", 1, 5)
 
 
+def caught_by(call: Callable[[], object], caught: list[BaseException]) -> None:
+    """Appends what a call raises."""
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 – the main thread looks at it
+        caught.append(error)
+
+
 # Time limits and interrupts.
 
 
@@ -444,9 +452,15 @@ def test_close_of_a_running_guest_leaves_no_thread(
 def test_close_by_an_exception_in_the_with_block_passes_it_on(
     guest: Callable[..., Path], no_leftovers: Callable[[], list[str]], wait_until: Callable[..., bool]
 ) -> None:
-    with pytest.raises(KeyError, match="mine"), Vm(guest("busy"), cpus=2).debug() as dbg:
-        dbg.cont(wait=False)
-        raise KeyError("mine")
+    def fail(dbg: uhyve.Debugger) -> None:
+        with dbg:
+            dbg.cont(wait=False)
+            raise KeyError("mine")
+
+    dbg = Vm(guest("busy"), cpus=2).debug()
+
+    with pytest.raises(KeyError, match="mine"):
+        fail(dbg)
 
     assert wait_until(lambda: no_leftovers() == [], LIMIT)
     assert not dbg.vm.running
@@ -460,13 +474,7 @@ def test_close_from_another_thread_during_cont_raises_there(
         dbg = Vm(guest(name), cpus=cpus).debug()
         caught: list[BaseException] = []
 
-        def run(dbg: uhyve.Debugger = dbg, caught: list[BaseException] = caught) -> None:
-            try:
-                dbg.cont()
-            except BaseException as error:  # noqa: BLE001 – the main thread looks at it
-                caught.append(error)
-
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=caught_by, args=(dbg.cont, caught))
         thread.start()
         assert wait_until(lambda dbg=dbg: dbg.running, LIMIT)
         dbg.close()

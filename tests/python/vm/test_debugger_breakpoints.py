@@ -92,7 +92,7 @@ def test_breakpoint_at_a_missing_place_is_refused(loop: Path, where: str) -> Non
 
 
 def test_breakpoint_at_a_misspelt_symbol_suggests_the_right_one(loop: Path) -> None:
-    with Vm(loop).debug() as dbg, pytest.raises(BreakpointError, match="did you mean .*guest_main"):
+    with Vm(loop).debug() as dbg, pytest.raises(BreakpointError, match=r"did you mean .*guest_main"):
         dbg.breakpoint("guest_mian")
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,6 @@ from uhyve import Debugger, Vm, VmStateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from typing import Any
 
     from uhyve import Hit
@@ -37,7 +37,7 @@ def loop(guest: Callable[..., Path]) -> Path:
 # Failures.
 
 
-class Special(Exception):
+class SpecialError(Exception):
     """An exception with a field."""
 
     def __init__(self, text: str, field: int) -> None:
@@ -46,7 +46,7 @@ class Special(Exception):
 
 
 def test_exception_of_a_callback_is_raised_itself_with_a_note_and_the_vm_stands_there(loop: Path) -> None:
-    original = Special("on purpose", 42)
+    original = SpecialError("on purpose", 42)
 
     def fail(hit: Hit) -> None:
         if hit.arg(0) == 7:
@@ -55,7 +55,7 @@ def test_exception_of_a_callback_is_raised_itself_with_a_note_and_the_vm_stands_
     with Vm(loop).debug() as dbg:
         breakpoint_ = dbg.breakpoint("work", condition=fail)
 
-        with pytest.raises(Special) as caught:
+        with pytest.raises(SpecialError) as caught:
             dbg.cont(timeout=LIMIT)
 
         assert caught.value is original
@@ -67,7 +67,7 @@ def test_exception_of_a_callback_is_raised_itself_with_a_note_and_the_vm_stands_
         assert (stop.reason, stop.pc, stop.exception) == ("exception", breakpoint_.address, original)
         assert stop.breakpoint is breakpoint_
         assert (dbg.registers.rdi, dbg.memory.read_u64(dbg.symbol("calls"))) == (7, 7)
-        assert "Special: on purpose" in str(stop)
+        assert "SpecialError: on purpose" in str(stop)
         assert (breakpoint_.reached, breakpoint_.hits) == (8, 0)
 
 
@@ -549,12 +549,12 @@ def test_many_debuggers_one_after_the_other_leave_no_threads_and_no_descriptors(
 
     run()
     gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(30):
         run()
     gc.collect()
 
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
     assert wait_until(lambda: no_leftovers() == [], LIMIT)
 
 

@@ -503,7 +503,7 @@ def test_steps_over_a_breakpoint_let_no_other_vcpu_slip_past_it(smp: Path, cpus:
         breakpoint_ = dbg.breakpoint("tick")
         stops = 0
 
-        while (stop := dbg.cont(timeout=LIMIT)).reason == "breakpoint":
+        while dbg.cont(timeout=LIMIT).reason == "breakpoint":
             stops += 1
             if stops % 3 == 0:
                 after = dbg.step()

@@ -118,12 +118,13 @@ def test_step_into_a_call_and_out_of_it_moves_the_stack(guest: Callable[..., Pat
 def test_step_over_rep_movsb_ends_behind_it_and_copies_everything(guest: Callable[..., Path]) -> None:
     with Vm(guest("steps")).debug() as dbg:
         at(dbg, "step_14")
-        steps = 0
+        left = [dbg.registers.rcx]
         while step(dbg) != dbg.symbol("step_15"):
-            steps += 1
             assert dbg.registers.rip == dbg.symbol("step_14"), "in the middle of it"
-            assert dbg.registers.rcx == 16 - steps
-        assert steps <= 16
+            left.append(dbg.registers.rcx)
+        # A CPU traps after each iteration; one that is emulated may do several in a step.
+        assert left[0] == 16
+        assert left == sorted(set(left), reverse=True)
 
         assert dbg.memory.read(dbg.symbol("steps_target"), 16) == b"sixteen letters\0"
         assert dbg.registers.rcx == 0
