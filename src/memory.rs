@@ -73,7 +73,7 @@ impl Mapping {
     }
 
     fn advise(&self, advice: libc::c_int) -> std::io::Result<()> {
-        // SAFETY: the range is exactly this mapping, and the advices that are given here do not change its contents.
+        // SAFETY: the range is exactly this mapping, and no reference into it exists: all accesses are volatile copies.
         match unsafe { libc::madvise(self.address.cast(), self.length, advice) } {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
@@ -125,6 +125,13 @@ impl GuestMemory {
     /// Where RAM lies in the host, for a back end that maps it into a guest.
     pub fn host_pointer(&self) -> *mut u8 {
         self.mapping.address
+    }
+
+    /// Gives the pages back to the host; RAM reads as zeros from then on. For a VM that is over.
+    pub fn release(&self) {
+        if let Err(error) = self.mapping.advise(libc::MADV_DONTNEED) {
+            log::warn!("guest RAM can't be given back: {error}");
+        }
     }
 
     /// Whether all of `length` bytes at `address` are RAM.

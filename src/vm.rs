@@ -110,7 +110,9 @@ pub struct Machine {
     contexts: Vec<Mutex<Option<Context>>>,
     coalesced: Option<Arc<dyn Coalesced>>,
     pump: Pump,
-    backend: Arc<dyn Backend>,
+    backend: Mutex<Option<Arc<dyn Backend>>>,
+    backend_name: &'static str,
+    owner: u32,
     symbols: OnceLock<SymbolTable>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     affinity: Vec<usize>,
@@ -158,7 +160,9 @@ impl Machine {
             coalesced: backend.coalesced(),
             pump: Pump::default(),
             contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
-            backend,
+            backend_name: backend.name(),
+            backend: Mutex::new(Some(backend)),
+            owner: std::process::id(),
             symbols: OnceLock::new(),
             threads: Mutex::new(Vec::new()),
             affinity,
@@ -172,6 +176,9 @@ impl Machine {
     }
 
     fn spawn(self: &Arc<Self>, cpus: u32, wrapper: Option<ThreadWrapper>) -> Result<()> {
+        // Signals of the process go to threads that can do something about them: ours begin with all of them blocked.
+        let _mask = crate::isolation::wait::Mask::block_all()
+            .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
         self.spawn_pump()?;
         for number in 0..cpus {
             let (machine, wrapper) = (self.clone(), wrapper.clone());
@@ -213,12 +220,21 @@ impl Machine {
 
     /// Name of the back end.
     pub fn backend_name(&self) -> &'static str {
-        self.backend.name()
+        self.backend_name
     }
 
     /// What the back end can do for a debugger.
     pub fn capabilities(&self) -> Result<Capabilities> {
-        self.backend.capabilities()
+        let backend = self.backend.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        backend.ok_or_else(|| Error::VmState("the VM is closed".into()))?.capabilities()
+    }
+
+    /// Fails in a forked child: it has a copy of this value, but not the VM's threads, and KVM refuses it the VM.
+    pub fn check_owner(&self) -> Result<()> {
+        if self.owner == std::process::id() {
+            return Ok(());
+        }
+        Err(Error::VmState("this VM belongs to the parent process; a forked child can't use it: make a new VM here".into()))
     }
 
     pub(crate) fn lock_context(&self, vcpu: u32) -> MutexGuard<'_, Option<Context>> {
@@ -227,6 +243,7 @@ impl Machine {
 
     /// Uses a vCPU while the world is stopped. Never waits.
     pub fn with_vcpu<T>(&self, vcpu: u32, f: impl FnOnce(&mut Context) -> Result<T>) -> Result<T> {
+        self.check_owner()?;
         let slot = self.contexts.get(vcpu as usize).ok_or_else(|| {
             Error::VmState(format!("there is no vCPU {vcpu}; this VM has {} (numbered from 0)", self.contexts.len()))
         })?;
@@ -302,6 +319,7 @@ impl Machine {
     /// Changes the breakpoint table with no vCPU running, and makes the sites agree with it. If that fails, `undo` is
     /// applied and the sites are as before.
     fn change_table<T>(&self, change: impl FnOnce(&mut Table) -> T, undo: impl FnOnce(&mut Table, &T)) -> Result<T> {
+        self.check_owner()?;
         let current = vcpu::current(self);
         if vcpu::is_own_thread(self) && current.is_none() {
             // Its vCPU is in the middle of an instruction, and nobody may wait for it here.
@@ -370,6 +388,7 @@ impl Machine {
 
     /// Resumes by a plan, unless something that was found before and not reported still holds: that is the next stop.
     pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.check_owner()?;
         if vcpu::is_own_thread(self) {
             return Err(Error::VmState(
                 "a callback can't resume the guest: return False (or None) to let it run on, True to stop it".into(),
@@ -581,6 +600,10 @@ impl Machine {
         for context in &self.contexts {
             drop(context.lock().unwrap_or_else(|e| e.into_inner()).take());
         }
+        // Whoever still holds the VM, holds no more than its counters and its output.
+        drop(self.backend.lock().unwrap_or_else(|e| e.into_inner()).take());
+        self.memory.release();
+        self.services.files().remove_scratch();
     }
 }
 

@@ -241,7 +241,7 @@ pub struct Exception {
     pub vector: u8,
     /// Error code, for the vectors that have one.
     pub error_code: Option<u32>,
-    /// CR2, for a page fault.
+    /// CR2, for a page fault; bits to set in DR6, for a debug exception.
     pub address: Option<u64>,
 }
 

@@ -474,6 +474,10 @@ impl Engine {
         waiter: &EventFd,
     ) -> Result<Option<Status>, E> {
         loop {
+            // Between the look at signals and the sleep none may come: `ppoll` opens the mask.
+            let mask = crate::isolation::wait::Mask::block_all()
+                .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
+            check()?;
             let status = self.status();
             if !matches!(status, Status::Running) {
                 return Ok(Some(status));
@@ -485,10 +489,10 @@ impl Engine {
             let stopping = self.lock().phase == Phase::Stopping;
             let sleep = [left, stopping.then_some(KICK_AGAIN)].into_iter().flatten().min();
             let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(waiter), PollFlags::POLLIN)];
-            match ppoll(&mut fds, sleep.map(TimeSpec::from), None) {
+            match ppoll(&mut fds, sleep.map(TimeSpec::from), Some(mask.0)) {
                 Ok(0) => self.kick_late(),
                 Ok(_) => drop(waiter.read()),
-                Err(nix::errno::Errno::EINTR) => check()?,
+                Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(Error::Host { what: "can't wait for the VM".into(), source: e.into() }.into()),
             }
         }

@@ -32,6 +32,9 @@ fn is_repeated(code: &[u8]) -> bool {
         && matches!(code.get(prefixes), Some(0x6c..=0x6f | 0xa4..=0xa7 | 0xaa..=0xaf))
 }
 
+/// DR6.BS: a #DB is a trap flag's.
+const DR6_SINGLE_STEP: u64 = 1 << 14;
+
 /// How the instruction at the program counter was executed, or why not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Emulation {
@@ -77,6 +80,10 @@ impl Seat<'_> {
         }
         if event.software {
             return self.foreign_int3(pc);
+        }
+        if event.single_step && event.hardware == 0 && !self.context().debug.single_step {
+            // The guest traces itself; with our breakpoints in the debug registers its #DB comes here.
+            self.context().cpu.inject(Exception { vector: 1, error_code: None, address: Some(DR6_SINGLE_STEP) })?;
         }
         Ok(Flow::Continue)
     }

@@ -47,6 +47,11 @@ impl Files {
         self.created.store(count, Ordering::Relaxed);
     }
 
+    /// Removes the scratch directory, for a VM that is over.
+    pub fn remove_scratch(&self) {
+        self.scratch.remove();
+    }
+
     /// Where files go that the guest creates at unmapped paths.
     pub fn scratch_path(&self) -> &std::path::Path {
         self.scratch.path()

@@ -67,14 +67,22 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
+impl Scratch {
+    /// Removes it, with all that the guest made in it.
+    pub fn remove(&self) {
         // A forked child has a copy of the value, not of the directory.
         if self.owner == std::process::id()
             && let Err(e) = std::fs::remove_dir_all(&self.path)
+            && e.kind() != std::io::ErrorKind::NotFound
         {
             log::warn!("can't remove {}: {e}", self.path.display());
         }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 

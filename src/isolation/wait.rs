@@ -9,10 +9,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 /// Restores a thread's signal mask.
-struct Mask(SigSet);
+pub(crate) struct Mask(pub(crate) SigSet);
 
 impl Mask {
-    fn block_all() -> Result<Self, Errno> {
+    pub(crate) fn block_all() -> Result<Self, Errno> {
         SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK).map(Self)
     }
 }

@@ -85,6 +85,15 @@ def kvm_kind(capabilities: dict[str, Any]) -> str:
     return "hardware" if capabilities["native_ring0"] else "PVM"
 
 
+@pytest.fixture(scope="session")
+def shutdown_keeps_registers() -> bool:
+    """Whether a vCPU after a triple fault still has its registers.
+
+    On AMD's SVM they are undefined then (AMD64 manual, volume 2, 15.14.3), and KVM resets the vCPU.
+    """
+    return not Path("/sys/module/kvm_amd").exists()
+
+
 # Guests and images.
 
 

@@ -386,7 +386,11 @@ impl Vcpu for KvmVcpu {
     }
 
     fn inject(&mut self, exception: Exception) -> Result<()> {
-        if let Some(address) = exception.address {
+        if exception.vector == 1 {
+            let mut debug = self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
+            debug.dr6 |= exception.address.unwrap_or(0);
+            self.fd.set_debug_regs(&debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        } else if let Some(address) = exception.address {
             let mut system = self.system_registers()?;
             system.cr2 = address;
             self.set_system_registers(&system)?;

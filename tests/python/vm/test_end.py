@@ -27,12 +27,17 @@ KINDS = {
     "cli; hlt": "crash hlt_forever\n",
 }
 RUN = """
-import json, sys, uhyve
+import json, os, sys, uhyve
 image, files = sys.argv[1], json.loads(sys.argv[2])
 try:
     uhyve.Vm(image, cpus=int(sys.argv[3]), files=files, output="stdout").run()
 except KeyboardInterrupt:
-    names = [open(f"/proc/self/task/{t}/comm").read().strip() for t in __import__("os").listdir("/proc/self/task")]
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        try:
+            names.append(open(f"/proc/self/task/{task}/comm").read().strip())
+        except OSError:  # a thread of KVM's has gone meanwhile
+            pass
     print("KeyboardInterrupt, threads:", [name for name in names if name.startswith("uhyve")], flush=True)
 """
 
