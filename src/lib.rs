@@ -22,3 +22,6 @@ pub mod stats;
 pub mod vcpu;
 pub mod vm;
 pub mod x86;
+
+/// What is logged unless RUST_LOG says otherwise: failures, and what the user should know of the VM; not what guests do wrong.
+pub const DEFAULT_LOG: &str = "error,uhyve_core::debug=warn,uhyve_core::vm=warn,uhyve_core::memory=warn";

@@ -519,7 +519,8 @@ impl Machine {
 
     /// One round of the console's thread.
     fn pump_console(&self) -> Result<()> {
-        let over = || self.pump.is_over();
+        // A callback gets everything; another sink takes what it can when the VM is over.
+        let over = || self.pump.is_over() && !self.console.is_callback();
         self.drain(0, &over)?;
         self.deliver(&over)?;
         if !self.console.has_unflushed() || !self.pump.linger(FLUSH_AFTER) {
@@ -596,7 +597,7 @@ impl Machine {
         drop(threads);
         self.ended.get_or_init(|| self.started.elapsed());
         let _ = self.drain(0, &|| true);
-        let _ = self.console.flush(&|| true);
+        let _ = self.console.flush(&|| !self.console.is_callback());
         for context in &self.contexts {
             drop(context.lock().unwrap_or_else(|e| e.into_inner()).take());
         }

@@ -317,8 +317,9 @@ class Debugger:
         return self.stop
 
     def _raise_unreported(self) -> None:
-        """Raises what a callback raised, once."""
-        stop = self._current()
+        """Raises what a callback raised, once, and what has ended the machine meanwhile."""
+        status = self._machine.status()
+        stop = None if status is None else self._stop_of(status)
         if stop is not None and stop.number > self._reported:
             self._reported = stop.number
             if stop.exception is not None:

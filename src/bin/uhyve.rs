@@ -39,7 +39,7 @@ struct Plain {
 }
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(uhyve_core::DEFAULT_LOG)).init();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     if let Some(plain) = parse(&words).filter(|_| !is_configured())
         && let Ok(machine) = start(plain)

@@ -16,7 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::isolation::lock;
 use crate::isolation::wait::{is_ready, wait};
 
-/// The buffer leaves when it is this long, newline or not, and a callback gets no longer pieces.
+/// The buffer leaves when it is this long, newline or not, and a callback gets no longer pieces of a line.
 const PIECE: usize = 8 << 10;
 /// A writer waits while the buffer holds this much.
 const FULL: usize = 64 << 10;
@@ -25,7 +25,7 @@ const ROOM_WAIT: Duration = Duration::from_millis(5);
 /// A pipe that polls as writable takes this much without blocking (`PIPE_BUF`).
 const PIPE_CHUNK: usize = 4096;
 
-/// A callback for console output: whole lines, or pieces of 8 KiB.
+/// A callback for console output: it gets a line a call, or 8 KiB of a longer one.
 pub type Callback = Box<dyn FnMut(&[u8]) -> io::Result<()> + Send>;
 type Notifier = Arc<dyn Fn() + Send + Sync>;
 
@@ -346,7 +346,7 @@ impl State {
     /// How much of the buffer the callback gets next.
     fn piece(&self) -> usize {
         let end = self.buffer.len().min(PIECE);
-        if let Some(newline) = self.buffer[..end].iter().rposition(|byte| *byte == b'\n') {
+        if let Some(newline) = self.buffer[..end].iter().position(|byte| *byte == b'\n') {
             return newline + 1;
         }
         if end == PIECE {

@@ -17,7 +17,7 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // To standard error, never through Python: a message may come while its thread holds a lock. RUST_LOG chooses.
-    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).try_init();
+    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(crate::DEFAULT_LOG)).try_init();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<machine::PyMachine>()?;
     module.add_class::<image::PyImage>()?;

@@ -11,6 +11,7 @@ from uhyve import Breakpoint, Debugger, Vm
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
 
 pytestmark = pytest.mark.kvm
 
@@ -268,14 +269,12 @@ def test_breakpoint_on_every_instruction_stops_at_each_in_turn(guest: Callable[.
         assert passed == [*range(1, 16), 16 if interface == 1 else 17, *range(18, 27), *[25, 26] * 4, 27, 28]
 
 
-@pytest.mark.parametrize("number", range(1, 29))
+@pytest.mark.parametrize("number", [*range(1, 16), *range(17, 29)])
 def test_step_over_each_instruction_under_a_breakpoint_of_its_own_does_the_same(
     guest: Callable[..., Path], number: int
 ) -> None:
     """Where the covered instruction is emulated by one call and executed by the other."""
     with Vm(guest("steps", interface=2)).debug() as plain, Vm(guest("steps", interface=2)).debug() as covered:
-        if number == 16:
-            pytest.skip("is for interface 1 only")
         names = ("rax", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "rip")
         for dbg in (plain, covered):
             at(dbg, label(number))
@@ -403,7 +402,7 @@ def test_step_over_a_faulting_instruction_goes_to_the_handler(guest: Callable[..
 
 @pytest.mark.parametrize("code", [b"\x0f\x0b", b"\x48\xf7\xf1"], ids=["ud2", "div"])
 def test_step_over_an_instruction_that_faults_leaves_no_trap_flag_in_the_handlers_frame(
-    guest: Callable[..., Path], code: bytes
+    guest: Callable[..., Path], code: bytes, capabilities: dict[str, Any]
 ) -> None:
     with Vm(guest("faults")).debug() as dbg:
         base = dbg.symbol("guest_main")
@@ -413,7 +412,10 @@ def test_step_over_an_instruction_that_faults_leaves_no_trap_flag_in_the_handler
         stop = dbg.step(timeout=LIMIT)
 
         assert stop.reason == "step"
-        assert (dbg.symbolize(stop.pc) or "").startswith("exception_"), "in the handler, or just before it"
+        # A CPU clears the trap flag when it enters the handler and restores it when that returns; PVM stops before.
+        where = "guest_main" if capabilities["native_ring0"] else "exception_"
+        assert (dbg.symbolize(stop.pc) or "").startswith(where)
+        assert dbg.registers.rflags & TRAP_FLAG == 0
         assert dbg.cont(timeout=LIMIT).reason == "exit"
         assert dbg.output.endswith("faults ok\n")
 

@@ -48,7 +48,8 @@ def test_hostile_guest_on_every_interface_gets_through_and_harms_nothing(
         ATTACK, guest("hostile", interface=interface), data if mapped else "", cwd=tmp_path
     ).finish(LIMIT)
 
-    assert (status, errors) == (0, b"")
+    assert status == 0
+    assert all(line.startswith(b"[WARN ") for line in errors.splitlines()), errors
     assert told(output) == [*(f"section {number}".encode() for number in range(1, 13)), b"hostile ok", b"[code 0]"]
     assert b"root:" not in output
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["beside", "data"]
@@ -79,7 +80,8 @@ def test_hostile_guest_that_opens_files_without_end_is_refused_at_some_point(
 
     status, output, errors = python(ATTACK, image, tmp_path).finish(LIMIT)
 
-    assert (status, errors) == (0, b"")
+    assert status == 0
+    assert all(line.startswith(b"[WARN ") for line in errors.splitlines()), errors
     assert told(output) == [b"section 13", b"hostile ok", b"[code 0]"]
 
 
