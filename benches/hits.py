@@ -52,7 +52,9 @@ def main() -> None:
         "false condition": lambda dbg: dbg.breakpoint("work", condition="arg0 == 1 and arg1 == 1"),
         "false condition with memory": lambda dbg: dbg.breakpoint("work", condition="u64[total] == 1"),
         "false callable": lambda dbg: dbg.breakpoint("work", condition=lambda hit: False),
-        "false callable that reads an argument": lambda dbg: dbg.breakpoint("work", condition=lambda hit: hit.arg(0) < 0),
+        "false callable that reads an argument": lambda dbg: dbg.breakpoint(
+            "work", condition=lambda hit: hit.arg(0) < 0
+        ),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):

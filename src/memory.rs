@@ -4,9 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, ReadVolatile, WriteVolatile,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, ReadVolatile, WriteVolatile};
 
 use crate::error::{Error, GuestFault, Result};
 
@@ -50,7 +48,8 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     fn new(length: usize) -> std::io::Result<Self> {
         let room = length.checked_add(HUGE).ok_or(std::io::ErrorKind::InvalidInput)?;
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
         // SAFETY: a new anonymous mapping at an address of the kernel's choice.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), room, protection, flags, -1, 0) };
         if start == libc::MAP_FAILED {
@@ -197,7 +196,10 @@ impl GuestMemory {
     #[allow(clippy::cast_possible_truncation)]
     pub fn compare_exchange(&self, address: u64, size: usize, expected: u128, new: u128) -> Option<u128> {
         use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
-        if !self.contains(address, size as u64) || !matches!(size, 1 | 2 | 4 | 8) || address % size as u64 != 0 {
+        if !self.contains(address, size as u64)
+            || !matches!(size, 1 | 2 | 4 | 8)
+            || !address.is_multiple_of(size as u64)
+        {
             return None;
         }
         let offset = usize::try_from(address - self.start).ok()?;

@@ -234,7 +234,9 @@ impl Machine {
         if self.owner == std::process::id() {
             return Ok(());
         }
-        Err(Error::VmState("this VM belongs to the parent process; a forked child can't use it: make a new VM here".into()))
+        Err(Error::VmState(
+            "this VM belongs to the parent process; a forked child can't use it: make a new VM here".into(),
+        ))
     }
 
     pub(crate) fn lock_context(&self, vcpu: u32) -> MutexGuard<'_, Option<Context>> {

@@ -58,6 +58,7 @@ def _native_command() -> Iterator[None]:
 def build_wheel(
     wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:
+    """Builds a wheel with the native command in it."""
     with _native_command():
         return maturin.build_wheel(wheel_directory, config_settings, metadata_directory)
 
@@ -65,5 +66,6 @@ def build_wheel(
 def build_editable(
     wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None
 ) -> str:
+    """Builds a wheel that refers to this folder, with the native command in it."""
     with _native_command():
         return maturin.build_editable(wheel_directory, config_settings, metadata_directory)

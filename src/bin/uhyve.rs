@@ -91,10 +91,13 @@ fn size(text: &str) -> Option<u64> {
 
 /// Whether an environment variable or a configuration file has a say.
 fn is_configured() -> bool {
-    let is_ours = |name: &std::ffi::OsStr| ["HERMIT_", "UHYVE_", "RUST_LOG"].iter().any(|p| name.as_bytes().starts_with(p.as_bytes()));
-    let home = std::env::var_os("XDG_CONFIG_HOME").filter(|h| !h.is_empty()).map(PathBuf::from).or_else(|| {
-        std::env::var_os("HOME").map(|home| Path::new(&home).join(".config"))
-    });
+    let is_ours = |name: &std::ffi::OsStr| {
+        ["HERMIT_", "UHYVE_", "RUST_LOG"].iter().any(|p| name.as_bytes().starts_with(p.as_bytes()))
+    };
+    let home = std::env::var_os("XDG_CONFIG_HOME")
+        .filter(|h| !h.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".config")));
     std::env::vars_os().any(|(name, _)| is_ours(&name))
         || Path::new("uhyve.toml").exists()
         || home.is_none_or(|home| home.join("uhyve/uhyve.toml").exists())
@@ -127,7 +130,8 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
 
 fn run(machine: &Arc<Machine>) -> ExitCode {
     catch_interrupts();
-    let mut check = || if INTERRUPTED.load(Ordering::SeqCst) { Err(Error::VmState("interrupted".into())) } else { Ok(()) };
+    let mut check =
+        || if INTERRUPTED.load(Ordering::SeqCst) { Err(Error::VmState("interrupted".into())) } else { Ok(()) };
     let status = machine.wait(None, &mut check);
     machine.close();
     match status {

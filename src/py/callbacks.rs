@@ -140,7 +140,7 @@ fn note(py: Python<'_>, error: &PyErr, hit: &Hit) {
 }
 
 /// A console sink that calls a Python callable with bytes.
-pub fn console(callbacks: Arc<Callbacks>, kept: Arc<Kept>) -> Box<dyn FnMut(&[u8]) -> io::Result<()> + Send> {
+pub fn console(callbacks: Arc<Callbacks>, kept: Arc<Kept>) -> crate::devices::serial::Callback {
     Box::new(move |text| {
         Python::try_attach(|py| {
             let Some(callable) = kept.get(py) else { return Ok(()) };

@@ -1,6 +1,9 @@
 //! What every back end must keep of the contract in `backend`: one suite, run against each that this machine has. The
 //! guests are a few instructions in 64-bit ring 0.
 
+// Helpers of tests unwrap as the tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -221,8 +224,7 @@ fn test_string_out_gives_all_elements_in_their_order() {
         let mut guest = guest.with(&[(RDX, 0x80), (RSI, DATA), (RCX, 32)]);
         let mut seen = Vec::new();
         let mut exit = guest.run();
-        loop {
-            let Exit::IoOut { port: 0x80, size: 2, count, value } = exit else { break };
+        while let Exit::IoOut { port: 0x80, size: 2, count, value } = exit {
             let data = guest.vcpu.io_data();
             assert_eq!(data.len(), 2 * count as usize);
             assert_eq!(value.to_le_bytes()[..2], data[..2]);

@@ -34,7 +34,10 @@ impl Ring {
         let page =
             unsafe { libc::mmap(std::ptr::null_mut(), PAGE, protection, libc::MAP_SHARED, vcpu.as_raw_fd(), offset) };
         if page == libc::MAP_FAILED {
-            return Err(Error::Hypervisor { call: "mmap of the coalesced ring", source: std::io::Error::last_os_error() });
+            return Err(Error::Hypervisor {
+                call: "mmap of the coalesced ring",
+                source: std::io::Error::last_os_error(),
+            });
         }
         Ok(Self { page: page.cast(), consumer: Mutex::new(()) })
     }

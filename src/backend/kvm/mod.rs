@@ -91,8 +91,15 @@ impl KvmBackend {
         vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-        let mut backend =
-            Self { kvm: Arc::new(kvm), vm, cpus: options.cpus, is_coalescing: false, ring: OnceLock::new(), _memory: memory.clone(), _firmware: Vec::new() };
+        let mut backend = Self {
+            kvm: Arc::new(kvm),
+            vm,
+            cpus: options.cpus,
+            is_coalescing: false,
+            ring: OnceLock::new(),
+            _memory: memory.clone(),
+            _firmware: Vec::new(),
+        };
         backend.map(0, memory, 0)?;
         backend.map_firmware(memory)?;
         backend.enable(
@@ -118,8 +125,9 @@ impl KvmBackend {
         if ports.is_empty() || !self.vm.check_extension(Cap::CoalescedPio) {
             return;
         }
-        self.is_coalescing =
-            ports.iter().all(|(port, size)| self.vm.register_coalesced_mmio(IoEventAddress::Pio((*port).into()), *size).is_ok());
+        self.is_coalescing = ports
+            .iter()
+            .all(|(port, size)| self.vm.register_coalesced_mmio(IoEventAddress::Pio((*port).into()), *size).is_ok());
     }
 
     fn map(&self, slot: u32, memory: &GuestMemory, flags: u32) -> Result<()> {

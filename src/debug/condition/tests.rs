@@ -139,7 +139,7 @@ fn test_evaluate_loads_are_little_endian_and_signed_as_named() {
     assert_eq!(at(Opcode::LoadU16, 0x1010), 0x1110);
     assert_eq!(at(Opcode::LoadI16, 0x10fe), -2);
     assert_eq!(at(Opcode::LoadU64, 0x1010), 0x1716_1514_1312_1110);
-    assert_eq!(at(Opcode::LoadI64, 0x10f8), 0xfffe_fdfc_fbfa_f9f8_u64.cast_signed().into());
+    assert_eq!(at(Opcode::LoadI64, 0x10f8), i128::from(0xfffe_fdfc_fbfa_f9f8_u64.cast_signed()));
 }
 
 #[test]

@@ -236,7 +236,7 @@ def in_child(work: Callable[[], str]) -> str:
         try:
             try:
                 text = work()
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 text = f"{type(error).__name__}: {error}"
             os.write(writable, text.encode())
         finally:
