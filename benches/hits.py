@@ -1,7 +1,7 @@
 """What a breakpoint hit costs that does not stop: bare, by a false compiled condition, by a false Python callable.
 
 Each round boots the test guest `loop` once per kind, with the same breakpoint on `work`; the figures are medians of the
-rounds, per call of `work`, and ratios to the run with a breakpoint that only counts (its ignore count is never used up).
+rounds, per call of `work`, and ratios to a breakpoint that only counts (its ignore count is never used up).
 
     python benches/hits.py [rounds]
 """
@@ -23,7 +23,8 @@ CALLS = 20_000
 def _guest() -> pathlib.Path:
     path = pathlib.Path(__file__).parent.parent / "tests" / "guests" / "build.py"
     spec = importlib.util.spec_from_file_location("guest_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["guest_build"] = module
     spec.loader.exec_module(module)
@@ -33,12 +34,12 @@ def _guest() -> pathlib.Path:
 
 def _run(image: pathlib.Path, set_breakpoint: Callable[[uhyve.Debugger], uhyve.Breakpoint] | None) -> float:
     with uhyve.Vm(image, aslr=False).debug() as dbg:
-        breakpoint = set_breakpoint(dbg) if set_breakpoint else None
+        point = set_breakpoint(dbg) if set_breakpoint else None
         start = time.perf_counter()
         stop = dbg.cont(timeout=300)
         took = time.perf_counter() - start
         assert stop.reason == "exit", stop
-        assert breakpoint is None or breakpoint.reached == CALLS, breakpoint
+        assert point is None or point.reached == CALLS, point
     return took
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         "bare hit": lambda dbg: dbg.breakpoint("work", ignore=10**12),
         "false condition": lambda dbg: dbg.breakpoint("work", condition="arg0 == 1 and arg1 == 1"),
         "false condition with memory": lambda dbg: dbg.breakpoint("work", condition="u64[total] == 1"),
-        "false callable": lambda dbg: dbg.breakpoint("work", condition=lambda hit: False),
+        "false callable": lambda dbg: dbg.breakpoint("work", condition=lambda _: False),
         "false callable that reads an argument": lambda dbg: dbg.breakpoint(
             "work", condition=lambda hit: hit.arg(0) < 0
         ),
