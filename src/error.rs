@@ -159,8 +159,11 @@ pub enum ImageError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CrashReason {
     /// An exception in the handler of an exception of an exception; a shutdown cycle.
-    #[error("triple fault")]
-    TripleFault,
+    #[error("triple fault{}", if *.registers_lost { " (the registers are those after the CPU's reset: this CPU does not keep them at a shutdown)" } else { "" })]
+    TripleFault {
+        /// The CPU has reset the vCPU, so that its registers tell nothing (AMD APM 2, 15.14.3).
+        registers_lost: bool,
+    },
     /// Nothing answers at a physical address.
     #[error("{} of {size} bytes at guest physical address {address:#x}, where there is neither RAM nor a device", if *.write { "write" } else { "read" })]
     UnknownMmio {

@@ -13,9 +13,12 @@ use crate::devices::pci::{self, Firmware};
 use crate::error::{Crash, CrashReason, Error, Result};
 use crate::hypercall::{self, Call, Outcome, Request};
 use crate::paging::{self, PagingMode};
-use crate::registers::RDI;
+use crate::registers::{CR0_PE, RDI};
 use crate::stats::ExitKind;
 use crate::vm::Machine;
+
+/// Where a CPU begins after a reset (within its code segment).
+const RESET_VECTOR: u64 = 0xfff0;
 
 /// What belongs to a vCPU. Its thread holds it locked while it runs, and lets go at its safe point.
 pub struct Context {
@@ -199,7 +202,10 @@ impl<'a> Seat<'a> {
             }
             Exit::Shutdown => {
                 self.count(ExitKind::Shutdown);
-                self.crash(CrashReason::TripleFault)
+                let cpu = &mut self.context().cpu;
+                let is_protected = cpu.system_registers()?.cr0 & CR0_PE != 0;
+                let registers_lost = !is_protected && cpu.registers()?.rip == RESET_VECTOR;
+                self.crash(CrashReason::TripleFault { registers_lost })
             }
             Exit::Interrupted => {
                 self.count(ExitKind::Interrupted);

@@ -231,12 +231,13 @@ def text_of(machine: Machine) -> str:
 class _Run:
     """One machine of a Vm, from the wish for it to its end."""
 
-    __slots__ = ("debugging", "interrupted", "machine")
+    __slots__ = ("closed", "debugging", "interrupted", "machine")
 
     def __init__(self, debugging: bool) -> None:
         self.machine: Machine | None = None
         self.debugging = debugging
         self.interrupted = False
+        self.closed = False
 
 
 _running: WeakSet[Vm] = WeakSet()
@@ -449,6 +450,8 @@ class Vm:
         if run is None:
             return
         if run.machine is None:
+            # It is being made, and its guest runs already: a callback closes it.
+            run.closed = True
             self.interrupt()
         else:
             self._release(run)
@@ -511,7 +514,9 @@ class Vm:
         self._release(run, result)
         if result is None:
             raise VmStateError(
-                "the VM was interrupted" if run.interrupted else "the VM was closed before its guest ended"
+                "the VM was interrupted"
+                if run.interrupted and not run.closed
+                else "the VM was closed before its guest ended"
             )
         return result
 
