@@ -1,26 +1,30 @@
 //! A VM: from a configuration to a built machine, run to its end, closed. [`Machine`] is what the vCPU threads and the
 //! front ends share.
 
-use std::cell::RefCell;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+mod input;
 
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use self::input::GuestInput;
 use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
-use crate::boot::{self, BootParameters, BootState, Image, Layout};
+use crate::boot::{self, BootState, Image, Layout};
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
 use crate::debug::view::View;
 use crate::devices::pci::{self, Pci};
+use crate::devices::pump::Pump;
 use crate::devices::serial::{Output, Serial};
 use crate::error::{Error, Result};
-use crate::hypercall::{CommandLine, Kind, Services};
+use crate::hypercall::{Kind, Services};
 use crate::isolation::landlock::{self, FileIsolation};
-use crate::isolation::{FileMap, Files, IoMode, Scratch, Source};
+use crate::isolation::{Files, IoMode, Scratch, Source};
 use crate::memory::{Backing, GuestMemory};
 use crate::paging::{self, PagingMode};
 use crate::registers::{RSI, SystemRegisters};
@@ -36,9 +40,6 @@ const FLUSH_AFTER: Duration = Duration::from_millis(50);
 const CONSOLE_PORT: u16 = uhyve_interface::v1::HypercallAddress::Uart as u16;
 /// How often queued port writes are looked for while no exit takes them.
 const DRAIN_EVERY: Duration = Duration::from_millis(20);
-/// Entries of the environment with which kernels that forget its terminating null find one behind it: four are enough
-/// on all images of Hermit 0.6.9, by trying 0 to 12.
-const QUIRK_ENVIRONMENT: usize = 8;
 
 /// Wraps the body of each vCPU thread: a front end's chance to prepare the thread for its callbacks.
 pub type ThreadWrapper = Arc<dyn Fn(&mut dyn FnMut()) + Send + Sync>;
@@ -610,60 +611,6 @@ impl Machine {
     }
 }
 
-/// Puts the console thread to sleep and wakes it.
-#[derive(Clone, Default)]
-struct Pump {
-    state: Arc<(Mutex<PumpState>, Condvar)>,
-}
-
-#[derive(Default)]
-struct PumpState {
-    woken: bool,
-    over: bool,
-}
-
-impl Pump {
-    fn lock(&self) -> MutexGuard<'_, PumpState> {
-        self.state.0.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    fn wake(&self) {
-        self.lock().woken = true;
-        self.state.1.notify_all();
-    }
-
-    fn end(&self) {
-        self.lock().over = true;
-        self.state.1.notify_all();
-    }
-
-    fn is_over(&self) -> bool {
-        self.lock().over
-    }
-
-    /// Sleeps until woken, or for `every`. False: the VM is over.
-    fn sleep(&self, every: Option<Duration>) -> bool {
-        let mut state = self.lock();
-        let until = every.map(|d| Instant::now() + d);
-        while !state.woken && !state.over {
-            state = match until.map(|u| u.saturating_duration_since(Instant::now())) {
-                None => self.state.1.wait(state).unwrap_or_else(|e| e.into_inner()),
-                Some(Duration::ZERO) => break,
-                Some(left) => self.state.1.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0,
-            };
-        }
-        state.woken = false;
-        !state.over
-    }
-
-    /// Sleeps for `time`. False: the VM is over.
-    fn linger(&self, time: Duration) -> bool {
-        let state = self.lock();
-        let wait = self.state.1.wait_timeout_while(state, time, |s| !s.over);
-        !wait.unwrap_or_else(|e| e.into_inner()).0.over
-    }
-}
-
 fn resources(config: &Config) -> Result<(u64, u32)> {
     let wish = config.image.config();
     let needed = wish.and_then(|w| w.memory).unwrap_or(0);
@@ -689,69 +636,6 @@ fn resources(config: &Config) -> Result<(u64, u32)> {
     Ok((memory, cpus))
 }
 
-/// What the guest is told: by its device tree, and by hypercalls that agree with it.
-struct GuestInput {
-    kernel_args: Vec<String>,
-    args: Vec<String>,
-    environment: Vec<(String, String)>,
-    files: FileMap,
-    mounts: Vec<String>,
-    boot_time_ns: i128,
-}
-
-impl GuestInput {
-    /// Merges what the image's archive wishes with what the user wants.
-    fn new(
-        image: &Image,
-        kernel_args: Option<Vec<String>>,
-        args: Option<Vec<String>>,
-        environment: Vec<(String, String)>,
-        own_files: Vec<(String, Source)>,
-    ) -> Result<Self> {
-        let wish = image.config();
-        let mut files: Vec<(String, Source)> =
-            image.files().iter().map(|(path, data)| (path.clone(), Source::Bytes(data.clone()))).collect();
-        files.retain(|(path, _)| !own_files.iter().any(|(own, _)| own == path));
-        files.extend(own_files);
-        let files = FileMap::new(files)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Ok(Self {
-            kernel_args: kernel_args.unwrap_or_else(|| wish.map(|w| w.kernel_args.clone()).unwrap_or_default()),
-            args: args.unwrap_or_else(|| wish.map(|w| w.app_args.clone()).unwrap_or_default()),
-            environment: merge_environment(wish.map_or(&[][..], |w| &w.env_vars), environment),
-            mounts: files.mounts(),
-            files,
-            boot_time_ns: i128::try_from(now.as_nanos()).unwrap_or(0),
-        })
-    }
-
-    /// What the hypercalls of interface 1 tell; newer kernels read the device tree.
-    fn command_line(&self, image: &Image) -> Result<CommandLine> {
-        if image.interface() == 1 {
-            let mut command_line = CommandLine::new(Path::new(image.name()), &self.args, &self.environment)?;
-            if image.walks_past_its_environment() {
-                command_line.pad_environment(QUIRK_ENVIRONMENT);
-            }
-            Ok(command_line)
-        } else {
-            Ok(CommandLine::default())
-        }
-    }
-
-    fn parameters(&self, cpus: u32) -> BootParameters<'_> {
-        BootParameters {
-            cpus,
-            tsc_khz: 0,
-            boot_time_ns: self.boot_time_ns,
-            kernel_args: &self.kernel_args,
-            app_args: &self.args,
-            environment: &self.environment,
-            mounts: &self.mounts,
-            has_pci: true,
-        }
-    }
-}
-
 /// Sets every vCPU to the image's entry.
 fn enter_image(state: &BootState, vcpus: &mut [Box<dyn Vcpu>]) -> Result<()> {
     for (number, vcpu) in (0u64..).zip(vcpus) {
@@ -769,13 +653,6 @@ fn enter_image(state: &BootState, vcpus: &mut [Box<dyn Vcpu>]) -> Result<()> {
 fn enter(system: &mut SystemRegisters, boot: &SystemRegisters) {
     (system.cs, system.ds, system.es, system.ss) = (boot.cs, boot.ds, boot.es, boot.ss);
     (system.gdt, system.cr0, system.cr3, system.cr4, system.efer) = (boot.gdt, boot.cr0, boot.cr3, boot.cr4, boot.efer);
-}
-
-fn merge_environment(image: &[(String, String)], own: Vec<(String, String)>) -> Vec<(String, String)> {
-    let kept = image.iter().filter(|(key, _)| !own.iter().any(|(k, _)| k == key)).cloned();
-    let mut merged: Vec<_> = kept.collect();
-    merged.extend(own);
-    merged
 }
 
 /// 64 random bits of the kernel.

@@ -381,13 +381,13 @@ fn test_unmapped_files_live_in_the_scratch_directory_until_the_end() {
     assert_eq!(guest.read(again, 9).unwrap(), b"mine");
     assert_eq!(guest.open("/tmp/x", abi::O_CREAT | abi::O_EXCL), -abi::EEXIST);
     assert_eq!(guest.mkdir("/tmp"), (2, abi::EEXIST));
-    assert_eq!((guest.mkdir("/work").0, guest.mkdir("/work/deep").0), (1, 1));
-    assert!(guest.open("/work/deep/f", abi::O_CREAT | abi::O_WRONLY) > 0);
+    assert_eq!((guest.mkdir("/made").0, guest.mkdir("/made/deep").0), (1, 1));
+    assert!(guest.open("/made/deep/f", abi::O_CREAT | abi::O_WRONLY) > 0);
     let root = guest.open("/", 0);
     let names: Vec<_> = guest.list(root, 4096).unwrap().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["d", "f", "new", "tmp", "v", "work"]);
     assert_eq!(
-        (guest.unlink("/work"), guest.unlink("/tmp/x"), guest.unlink("/tmp/x")),
+        (guest.unlink("/made"), guest.unlink("/tmp/x"), guest.unlink("/tmp/x")),
         (-abi::EISDIR, 0, -abi::ENOENT)
     );
     assert_eq!(guest.read(again, 0).unwrap(), b"");
