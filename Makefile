@@ -36,7 +36,7 @@ test-rust: ## Rust's unit and contract tests; no Python needed
 
 test-python: dev ## pytest: unit, real VMs, real images
 	tools/system-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 fmt: $(VENV)/made ## format everything
 	cargo fmt

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +29,10 @@ def milliseconds(code: str) -> float:
 def test_import_takes_less_than_30_milliseconds() -> None:
     milliseconds("import uhyve")
 
-    pairs = [(milliseconds("import uhyve"), milliseconds("pass")) for _ in range(5)]
+    pairs = [(milliseconds("import uhyve"), milliseconds("pass")) for _ in range(9)]
 
-    cost = statistics.median(with_it for with_it, _ in pairs) - statistics.median(bare for _, bare in pairs)
+    # The least of each: what other processes do at the same time only adds to it.
+    cost = min(with_it for with_it, _ in pairs) - min(bare for _, bare in pairs)
     assert cost < 30, pairs
 
 
