@@ -71,7 +71,7 @@ fn test_regular_file_gets_everything_in_order() {
 }
 
 #[test]
-fn test_callback_gets_whole_lines_and_pieces() {
+fn test_callback_gets_a_line_a_call_and_pieces_of_a_long_one() {
     let (pieces, serial) = collector();
     serial.write(b"one\ntwo\nthr", NEVER).unwrap();
     serial.write(b"ee\n", NEVER).unwrap();
@@ -79,8 +79,8 @@ fn test_callback_gets_whole_lines_and_pieces() {
     serial.write("€".as_bytes(), NEVER).unwrap();
     serial.flush(NEVER).unwrap();
     let pieces = pieces.lock().unwrap();
-    assert_eq!(pieces[..2], [b"one\ntwo\n".to_vec(), b"three\n".to_vec()]);
-    assert_eq!((pieces[2].len(), pieces[3].as_slice(), pieces.len()), (PIECE - 1, "€".as_bytes(), 4));
+    assert_eq!(pieces[..3], [b"one\n".to_vec(), b"two\n".to_vec(), b"three\n".to_vec()]);
+    assert_eq!((pieces[3].len(), pieces[4].as_slice(), pieces.len()), (PIECE - 1, "€".as_bytes(), 5));
 }
 
 #[test]
