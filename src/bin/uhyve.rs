@@ -73,6 +73,9 @@ fn parse(words: &[OsString]) -> Option<Plain> {
         }
         word = words.next()??;
     }
+    if word.is_empty() {
+        return None;
+    }
     plain.image = word.into();
     let rest: Vec<String> = words.map(|w| w.map(str::to_owned)).collect::<Option<_>>()?;
     let rest = if rest.first().is_some_and(|w| w == "--") { &rest[1..] } else { &rest[..] };
