@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::unistd::Pid;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use pyo3::{PyTraverseError, PyVisit};
@@ -30,7 +29,6 @@ use crate::vm::{Config, Machine};
 pub struct PyMachine {
     machine: Arc<Machine>,
     callbacks: Arc<Callbacks>,
-    owner: Pid,
 }
 
 /// What a file of the guest is made from.
@@ -106,13 +104,10 @@ fn isolation(word: &str) -> Result<FileIsolation> {
 impl PyMachine {
     /// A fork has copied this object, but not the VM's threads.
     fn machine(&self) -> PyResult<&Arc<Machine>> {
-        if self.owner == Pid::this() {
-            return Ok(&self.machine);
+        match self.machine.check_owner() {
+            Ok(()) => Ok(&self.machine),
+            Err(error) => Python::attach(|py| Err(to_python(py, error))),
         }
-        Python::attach(|py| {
-            let text = "this VM belongs to the parent process; a forked child can't use it: make a new VM here";
-            Err(to_python(py, Error::VmState(text.into())))
-        })
     }
 
     fn stop_dict<'py>(&self, py: Python<'py>, stop: Stop) -> PyResult<Bound<'py, PyDict>> {
@@ -224,7 +219,7 @@ impl PyMachine {
             })),
         };
         let machine = detached(py, || Machine::start(config))?;
-        Ok(Self { machine, callbacks, owner: Pid::this() })
+        Ok(Self { machine, callbacks })
     }
 
     /// The current state: None while running, otherwise what `wait` returns.
@@ -293,7 +288,7 @@ impl PyMachine {
 
     /// Ends the VM and waits for its threads.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        if self.owner != Pid::this() {
+        if self.machine.check_owner().is_err() {
             return Ok(());
         }
         py.detach(|| self.machine.close());
@@ -441,7 +436,7 @@ impl PyMachine {
 
 impl Drop for PyMachine {
     fn drop(&mut self) {
-        if self.owner != Pid::this() {
+        if self.machine.check_owner().is_err() {
             return;
         }
         self.machine.engine.end(End::Killed);
