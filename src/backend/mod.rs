@@ -186,14 +186,27 @@ pub struct DebugEvent {
     pub software: bool,
     /// One instruction was executed.
     pub single_step: bool,
-    /// Debug registers 0–3 that fired, as bits.
-    pub hardware: u8,
+    /// Which of [`GuestDebug::hardware`] fired: bit i is the i-th; bit 63 stands for that and all behind it.
+    pub hardware: u64,
+    /// The data access that fired a watchpoint, where the back end knows it.
+    pub access: Option<DataAccess>,
     /// Where the vCPU is.
     pub pc: u64,
 }
 
+/// One access of an instruction to data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DataAccess {
+    /// Linear address.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// A write, or a read that a write follows.
+    pub write: bool,
+}
+
 /// How a vCPU is debugged.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GuestDebug {
     /// Leave after one instruction.
     pub single_step: bool,
@@ -201,28 +214,30 @@ pub struct GuestDebug {
     pub block_interrupts: bool,
     /// Leave at `int3`.
     pub software_breakpoints: bool,
-    /// The debug registers.
-    pub hardware: [Option<HardwareBreakpoint>; 4],
+    /// What the CPU itself looks out for: at most [`Capabilities::hardware_breakpoints`].
+    pub hardware: Vec<HardwareBreakpoint>,
 }
 
-/// One debug register.
+/// A place that the CPU itself looks out for: a debug register's worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HardwareBreakpoint {
-    /// Linear address; aligned to `length` for data.
+    /// Linear address; aligned to `length` for data, unless the back end has [`Capabilities::any_range`].
     pub address: u64,
     /// What fires it.
     pub access: Access,
-    /// Bytes watched: 1, 2, 4 or 8; 1 for execution.
-    pub length: u8,
+    /// Bytes watched: 1, 2, 4 or 8, or any number with [`Capabilities::any_range`]; 1 for execution.
+    pub length: u64,
 }
 
-/// What fires a debug register.
+/// What fires a [`HardwareBreakpoint`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// The instruction at the address is about to execute.
     Execute,
     /// A write has happened.
     Write,
+    /// A read has happened. Only with [`Capabilities::any_range`].
+    Read,
     /// A read or a write has happened.
     ReadWrite,
 }
@@ -267,10 +282,12 @@ pub struct Capabilities {
     pub block_interrupts: bool,
     /// Fate of `int3`.
     pub int3: Int3,
-    /// Number of execution breakpoints in debug registers that work.
-    pub hardware_breakpoints: u8,
-    /// Data watchpoints in debug registers fire.
+    /// How many places [`GuestDebug::hardware`] may have; `u32::MAX` is no limit.
+    pub hardware_breakpoints: u32,
+    /// Data watchpoints in [`GuestDebug::hardware`] fire.
     pub watchpoints: bool,
+    /// Watchpoints may have any length and alignment, and be of reads alone.
+    pub any_range: bool,
 }
 
 /// Opens the back end of that name: `auto`, `kvm`.

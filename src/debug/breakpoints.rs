@@ -144,8 +144,8 @@ impl Breakpoint {
 pub enum SiteKind {
     /// `int3` in place of the byte at this guest-physical address.
     Planted(u64),
-    /// A debug register.
-    DebugRegister(u8),
+    /// The CPU itself looks out for it, by a debug register.
+    Hardware,
     /// Every instruction is stepped, and the program counter compared.
     Stepped,
 }
@@ -201,9 +201,7 @@ impl Table {
         for (address, site) in &self.sites {
             match site.kind {
                 SiteKind::Planted(_) => debug.software_breakpoints = true,
-                SiteKind::DebugRegister(i) => {
-                    debug.hardware[usize::from(i)] = Some(HardwareBreakpoint::execute(*address))
-                }
+                SiteKind::Hardware => debug.hardware.push(HardwareBreakpoint::execute(*address)),
                 SiteKind::Stepped => {
                     debug.single_step = true;
                     debug.block_interrupts = false;
@@ -290,13 +288,9 @@ impl Table {
             self.plant(memory, physical)?;
             return Ok(SiteKind::Planted(physical));
         }
-        let used: Vec<u8> = self
-            .sites
-            .values()
-            .filter_map(|s| if let SiteKind::DebugRegister(i) = s.kind { Some(i) } else { None })
-            .collect();
-        if let Some(free) = (0..capabilities.hardware_breakpoints).find(|i| !used.contains(i)) {
-            return Ok(SiteKind::DebugRegister(free));
+        let used = self.sites.values().filter(|s| s.kind == SiteKind::Hardware).count();
+        if used < usize::try_from(capabilities.hardware_breakpoints).unwrap_or(usize::MAX) {
+            return Ok(SiteKind::Hardware);
         }
         if !capabilities.single_step {
             return Err(Error::Breakpoint(format!(
@@ -412,6 +406,7 @@ mod tests {
         int3: Int3::DebugExit,
         hardware_breakpoints: 4,
         watchpoints: true,
+        any_range: false,
     };
 
     fn setup() -> (GuestMemory, Table) {
@@ -481,7 +476,7 @@ mod tests {
             add(&mut table, &memory, 0x1000 + i, &no_int3);
         }
         let debug = table.guest_debug(&no_int3);
-        assert!(debug.hardware.iter().all(Option::is_some) && debug.single_step && !debug.software_breakpoints);
+        assert!(debug.hardware.len() == 4 && debug.single_step && !debug.software_breakpoints);
         assert_eq!(byte(&memory, 0x1000), 0x55);
     }
 

@@ -58,13 +58,13 @@ impl Seat<'_> {
                 machine.table.read().unwrap_or_else(|e| e.into_inner()).guest_debug(&capabilities)
             };
             let context = self.context();
+            context.cpu.set_guest_debug(&debug)?;
             context.debug = debug;
             context.armed = Some(generation);
-            context.cpu.set_guest_debug(&debug)?;
         } else if self.context().debug.single_step {
             // A step is armed for one instruction only.
-            let debug = self.context().debug;
-            self.context().cpu.set_guest_debug(&debug)?;
+            let context = self.context();
+            context.cpu.set_guest_debug(&context.debug)?;
         }
         Ok(())
     }
@@ -280,7 +280,8 @@ impl Seat<'_> {
         {
             // Entering the handler clears the trap flag, and leaves it in the frame for the guest to find.
             debug.single_step = false;
-            debug.hardware[0] = Some(HardwareBreakpoint::execute(handler));
+            debug.hardware.insert(0, HardwareBreakpoint::execute(handler));
+            debug.hardware.truncate(4);
         }
         self.context().armed = None;
         let mut flow = Flow::Continue;
@@ -355,9 +356,7 @@ impl Seat<'_> {
         }
         let capabilities = self.machine.capabilities()?;
         let mut debug = self.machine.table.read().unwrap_or_else(|e| e.into_inner()).guest_debug(&capabilities);
-        for register in &mut debug.hardware {
-            *register = register.filter(|b| b.address != pc);
-        }
+        debug.hardware.retain(|b| b.address != pc);
         Ok(debug)
     }
 

@@ -115,7 +115,7 @@ impl PyBreakpoint {
         use crate::debug::breakpoints::SiteKind;
         Some(match self.machine.site_at(self.inner.address)? {
             SiteKind::Planted(_) => "int3",
-            SiteKind::DebugRegister(_) => "debug register",
+            SiteKind::Hardware => "debug register",
             SiteKind::Stepped => "single-step",
         })
     }

@@ -596,14 +596,12 @@ fn test_hardware_breakpoints_fire_before_their_instruction_and_not_once_taken_aw
             println!("skipped: {working} hardware breakpoints");
             return;
         }
-        let mut debug = GuestDebug::default();
-        for (i, slot) in (0u64..).zip(&mut debug.hardware) {
-            *slot = Some(HardwareBreakpoint::execute(CODE + 1 + i));
-        }
+        let hardware = (1..5).map(|i| HardwareBreakpoint::execute(CODE + i)).collect();
+        let mut debug = GuestDebug { hardware, ..Default::default() };
         guest.vcpu.set_guest_debug(&debug).unwrap();
         let event = guest.debug();
         assert_eq!((event.pc, event.hardware & 1, event.software), (CODE + 1, 1, false));
-        debug.hardware[0] = None;
+        debug.hardware.remove(0);
         guest.vcpu.set_guest_debug(&debug).unwrap();
         assert_eq!(guest.debug().pc, CODE + 2);
         guest.vcpu.set_guest_debug(&GuestDebug::default()).unwrap();

@@ -41,14 +41,15 @@ fn probe() -> Result<Capabilities> {
     let step = Guest::start(&[0x90, 0x90])?.run(&GuestDebug { single_step: true, ..Default::default() })?;
     let int3 = Guest::start(&[0xcc])?.run(&GuestDebug { software_breakpoints: true, ..Default::default() })?;
     let mut hardware = 0;
+    let elsewhere = HardwareBreakpoint::execute(CODE + 0x800);
     for register in 0..4 {
-        let mut debug = GuestDebug::default();
-        debug.hardware[register] = Some(HardwareBreakpoint::execute(CODE + 1));
+        let mut debug = GuestDebug { hardware: vec![elsewhere; register], ..Default::default() };
+        debug.hardware.push(HardwareBreakpoint::execute(CODE + 1));
         hardware +=
-            u8::from(matches!(Guest::start(&[0x90, 0x90])?.run(&debug)?, Exit::Debug(event) if event.pc == CODE + 1));
+            u32::from(matches!(Guest::start(&[0x90, 0x90])?.run(&debug)?, Exit::Debug(event) if event.pc == CODE + 1));
     }
     let watch = GuestDebug {
-        hardware: [Some(HardwareBreakpoint { address: DATA, access: Access::Write, length: 4 }), None, None, None],
+        hardware: vec![HardwareBreakpoint { address: DATA, access: Access::Write, length: 4 }],
         ..Default::default()
     };
     // mov [DATA], eax
@@ -64,6 +65,7 @@ fn probe() -> Result<Capabilities> {
         },
         hardware_breakpoints: hardware,
         watchpoints: matches!(watched, Exit::Debug(event) if event.hardware & 1 != 0),
+        any_range: false,
     })
 }
 

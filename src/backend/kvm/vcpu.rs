@@ -177,7 +177,8 @@ impl KvmVcpu {
         Exit::Debug(DebugEvent {
             software,
             single_step: !software && arch.dr6 & (1 << 14) != 0,
-            hardware: if software { 0 } else { low & 0xf },
+            hardware: if software { 0 } else { u64::from(low & 0xf) },
+            access: None,
             pc: arch.pc,
         })
     }
@@ -194,9 +195,9 @@ impl KvmVcpu {
     }
 
     fn arm(&mut self) -> Result<()> {
-        let debug = self.debug;
+        let debug = &self.debug;
         let on = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
-        let hardware = debug.hardware.iter().any(Option::is_some);
+        let hardware = !debug.hardware.is_empty();
         let mut request = kvm_guest_debug {
             control: on(debug.single_step, KVM_GUESTDBG_SINGLESTEP)
                 | on(debug.single_step && debug.block_interrupts, KVM_GUESTDBG_BLOCKIRQ)
@@ -209,11 +210,9 @@ impl KvmVcpu {
         }
         if hardware {
             request.arch.debugreg[7] = DR7_RESERVED | DR7_EXACT;
-            for (i, breakpoint) in debug.hardware.iter().enumerate() {
-                if let Some(breakpoint) = breakpoint {
-                    request.arch.debugreg[i] = breakpoint.address;
-                    request.arch.debugreg[7] |= 2 << (2 * i) | dr7_condition(breakpoint) << (16 + 4 * i);
-                }
+            for (i, breakpoint) in debug.hardware.iter().take(DEBUG_REGISTERS).enumerate() {
+                request.arch.debugreg[i] = breakpoint.address;
+                request.arch.debugreg[7] |= 2 << (2 * i) | dr7_condition(breakpoint) << (16 + 4 * i);
             }
         }
         self.debugging = request.control != 0;
@@ -221,12 +220,15 @@ impl KvmVcpu {
     }
 }
 
+/// DR0 to DR3.
+const DEBUG_REGISTERS: usize = 4;
+
 /// The R/W and LEN fields of DR7 (Intel SDM 3B, 19.2.4).
 fn dr7_condition(breakpoint: &HardwareBreakpoint) -> u64 {
     let access = match breakpoint.access {
         Access::Execute => return 0,
         Access::Write => 1,
-        Access::ReadWrite => 3,
+        Access::Read | Access::ReadWrite => 3,
     };
     let length = match breakpoint.length {
         2 => 1,
@@ -381,7 +383,7 @@ impl Vcpu for KvmVcpu {
         }
         // KVM_SET_REGS loses the trap flag that KVM_SET_GUEST_DEBUG sets, so registers go first.
         self.flush_registers()?;
-        self.debug = *debug;
+        self.debug.clone_from(debug);
         self.arm()
     }
 

@@ -159,7 +159,8 @@ fn undefined_flags(instruction: &Instruction) -> u64 {
     named | if shift { 0x810 } else { 0 }
 }
 
-/// Whether the result itself is undefined: a 16-bit double shift by more than 16.
+/// Whether the result itself is undefined: a 16-bit double shift by more than 16, or what a repeated string instruction
+/// with 32-bit addresses and a count of 0 leaves in the upper halves (Intel's CPUs clear them, AMD's don't).
 fn is_undefined(instruction: &Instruction, before: &CpuState) -> bool {
     let is_word = instruction.op0_register().is_gpr16() || instruction.memory_size().size() == 2;
     let count = if instruction.op_count() == 3 {
@@ -168,7 +169,14 @@ fn is_undefined(instruction: &Instruction, before: &CpuState) -> bool {
         0
     };
     let double = matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd);
-    double && is_word && count > 16
+    let is_repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    let addresses_32 = (0..instruction.op_count()).any(|n| {
+        use iced_x86::OpKind as O;
+        matches!(instruction.op_kind(n), O::MemoryESEDI | O::MemorySegESI | O::MemorySegEDI)
+    });
+    let repeats_never = is_repeated && addresses_32 && before.registers.general[1].trailing_zeros() >= 32;
+    repeats_never
+        || double && is_word && count > 16
         || instruction.mnemonic() == Mnemonic::Bswap && instruction.op0_register().is_gpr16()
 }
 
