@@ -432,9 +432,15 @@ impl Machine {
             return Err(Error::VmState("a callback can't wait for the guest: return a decision instead".into()).into());
         }
         let waiter = engine::waiter()?;
-        let status = self.engine.wait_for_stop(deadline, check, &waiter)?;
-        if status.is_some() {
-            self.flush(check)?;
+        let mut status = self.engine.wait_for_stop(deadline, check, &waiter)?;
+        if let Some(found) = &status {
+            self.flush(is_last(found), check)?;
+            if self.console.callback_has_failed() {
+                // The console's thread ends the VM by it, now or in a moment.
+                let failure = std::io::Error::other("the console's callback has failed");
+                self.engine.end(End::Failed(Error::Host { what: "console output".into(), source: failure }));
+                status = Some(self.engine.status());
+            }
         }
         if let Some(Status::Stopped(stop)) = &status {
             self.finish_stop(stop);
@@ -442,18 +448,20 @@ impl Machine {
         Ok(status)
     }
 
-    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that.
-    fn flush<E: From<Error>>(&self, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
+    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that. What a callback
+    /// on another thread is at is waited for when no more output follows.
+    fn flush<E: From<Error>>(&self, is_last: bool, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
         self.drain(0, &|| false)?;
         let failure = RefCell::new(None);
         let check = RefCell::new(check);
-        let flushed = self.console.flush(&|| match (check.borrow_mut())() {
+        let cancelled = || match (check.borrow_mut())() {
             Ok(()) => false,
             Err(error) => {
                 *failure.borrow_mut() = Some(error);
                 true
             }
-        });
+        };
+        let flushed = if is_last { self.console.settle(&cancelled) } else { self.console.flush(&cancelled) };
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
@@ -608,6 +616,15 @@ impl Machine {
         drop(self.backend.lock().unwrap_or_else(|e| e.into_inner()).take());
         self.memory.release();
         self.services.files().remove_scratch();
+    }
+}
+
+/// Whether the guest does nothing after this.
+fn is_last(status: &Status) -> bool {
+    match status {
+        Status::Running => false,
+        Status::Stopped(stop) => stop.reason.is_final(),
+        Status::Ended(_) => true,
     }
 }
 
