@@ -9,6 +9,7 @@ use std::sync::{Arc, MutexGuard};
 use crate::backend::{Exit, GuestDebug, Vcpu};
 use crate::debug::engine::{Command, End, Plan};
 use crate::debug::stop::{Event, StopReason};
+use crate::debug::watching::Watching;
 use crate::devices::pci::{self, Firmware};
 use crate::error::{Crash, CrashReason, Error, Result};
 use crate::hypercall::{self, Call, Outcome, Request};
@@ -32,6 +33,8 @@ pub struct Context {
     pub(crate) armed: Option<u64>,
     /// How it is armed.
     pub(crate) debug: GuestDebug,
+    /// What it knows of watchpoints.
+    pub(crate) watching: Watching,
 }
 
 #[derive(Clone, Copy)]
@@ -47,7 +50,14 @@ pub(crate) struct PendingCall {
 impl Context {
     /// A vCPU that has not run.
     pub fn new(cpu: Box<dyn Vcpu>) -> Self {
-        Self { cpu, passed: None, calls: VecDeque::new(), armed: None, debug: GuestDebug::default() }
+        Self {
+            cpu,
+            passed: None,
+            calls: VecDeque::new(),
+            armed: None,
+            debug: GuestDebug::default(),
+            watching: Watching::default(),
+        }
     }
 }
 
@@ -146,12 +156,13 @@ impl<'a> Seat<'a> {
     }
 
     fn run(&mut self, plan: Plan) -> Result<()> {
-        if plan == Plan::Step {
-            self.step_by_plan()?;
-        } else {
-            self.run_guest()?;
+        match plan {
+            Plan::Step => self.step_by_plan(0..0)?,
+            Plan::StepRange { start, end } => self.step_by_plan(start..end)?,
+            Plan::Run | Plan::Hold => self.run_guest()?,
         }
-        self.settle_io()
+        self.settle_io()?;
+        self.judge().map(drop)
     }
 
     fn run_guest(&mut self) -> Result<()> {
@@ -159,12 +170,17 @@ impl<'a> Seat<'a> {
             return Ok(());
         }
         loop {
-            if self.machine.engine.is_requested(self.number) {
+            if self.judge()? == Flow::Leave || self.machine.engine.is_requested(self.number) {
                 return Ok(());
             }
-            self.arm()?;
-            let exit = self.context().cpu.run()?;
-            if self.handle(exit)? == Flow::Leave {
+            let flow = if self.is_watching_by_steps() {
+                self.run_watched()?
+            } else {
+                self.arm()?;
+                let exit = self.context().cpu.run()?;
+                self.handle(exit)?
+            };
+            if flow == Flow::Leave {
                 return Ok(());
             }
         }
@@ -269,6 +285,7 @@ impl<'a> Seat<'a> {
 
     fn dispatch(&mut self, mut pending: PendingCall) -> Result<Flow> {
         let (machine, number) = (self.machine, self.number);
+        let watched = self.snapshot()?;
         let cpu = &mut self.context().cpu;
         let mut mode: Option<Option<PagingMode>> = None;
         let mut translate = |address: u64| {
@@ -285,6 +302,7 @@ impl<'a> Seat<'a> {
             cancelled: &|| machine.engine.is_requested(number),
             progress: &mut pending.progress,
         });
+        self.note_changes(watched)?;
         match outcome {
             Outcome::Done => Ok(Flow::Continue),
             Outcome::Exit(code) => self.exit(code),
@@ -356,7 +374,7 @@ impl<'a> Seat<'a> {
 
     /// Tells the engine of something that stops the world.
     pub fn stop(&mut self, pc: u64, reason: StopReason) -> Result<Flow> {
-        self.machine.engine.stop(Event { vcpu: self.number, pc, reason });
+        self.machine.engine.stop(Event::new(self.number, pc, reason));
         Ok(Flow::Leave)
     }
 }

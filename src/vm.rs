@@ -18,6 +18,7 @@ use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
 use crate::debug::view::View;
+use crate::debug::watchpoints::{Watch, WatchAccess, WatchKind};
 use crate::devices::pci::{self, Pci};
 use crate::devices::pump::Pump;
 use crate::devices::serial::{Output, Serial};
@@ -357,6 +358,31 @@ impl Machine {
         options: BreakpointOptions,
         condition: Condition,
     ) -> Result<Arc<Breakpoint>> {
+        self.add(address, None, options, condition)
+    }
+
+    /// Sets a watchpoint on `length` bytes at guest-virtual `address`. From the moment that this returns it holds on
+    /// every vCPU. Numbers are shared with breakpoints; of the options, `hardware` means nothing here.
+    pub fn add_watchpoint(
+        &self,
+        address: u64,
+        length: u64,
+        access: WatchAccess,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
+        let breakpoint = self.add(address, Some(Watch::new(address, length, access)?), options, condition)?;
+        self.refresh_watches();
+        Ok(breakpoint)
+    }
+
+    fn add(
+        &self,
+        address: u64,
+        watch: Option<Watch>,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
         if options.vcpu.is_some_and(|n| n >= self.cpus()) {
             return Err(Error::Breakpoint(format!(
                 "there is no vCPU {}; this VM has {}",
@@ -364,7 +390,7 @@ impl Machine {
                 self.cpus()
             )));
         }
-        self.change_table(|t| t.add(address, options, condition), |t, b| t.remove(b))
+        self.change_table(|t| t.add(address, watch, options, condition), |t, b| t.remove(b))
     }
 
     /// Enables or disables a breakpoint.
@@ -384,7 +410,33 @@ impl Machine {
         self.change_table(|t| t.remove(breakpoint), |_, ()| ())
     }
 
-    /// All breakpoints, by number.
+    /// How an enabled watchpoint is made.
+    pub fn watch_kind(&self, breakpoint: &Breakpoint) -> Option<WatchKind> {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).watch_kind(breakpoint).cloned()
+    }
+
+    /// The enabled watchpoints, and whether one of them needs every instruction to be executed by itself.
+    pub(crate) fn watches(&self) -> (Arc<[Arc<Breakpoint>]>, bool) {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).watches()
+    }
+
+    /// Looks at what is watched, so that the next access is compared with what is there now.
+    fn refresh_watches(&self) {
+        let (watches, _) = self.watches();
+        if watches.is_empty() {
+            return;
+        }
+        let mut guard = self.lock_context(vcpu::current(self).unwrap_or(0));
+        let Some(Ok(system)) = guard.as_mut().map(|c| c.cpu.system_registers()) else { return };
+        let mode = PagingMode::from(&system);
+        for breakpoint in watches.iter() {
+            if let Some(watch) = &breakpoint.watch {
+                *watch.seen() = Some(self.view().read_vec(&mode, breakpoint.address, watch.length));
+            }
+        }
+    }
+
+    /// All breakpoints and watchpoints, by number.
     pub fn breakpoints(&self) -> Vec<Arc<Breakpoint>> {
         self.table.read().unwrap_or_else(|e| e.into_inner()).breakpoints()
     }
@@ -405,21 +457,25 @@ impl Machine {
         if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
+        self.refresh_watches();
         self.engine.resume(plan)?;
         self.pump.wake();
         Ok(())
     }
 
-    /// Whether an event that waited is still true: its vCPU stands where it stood, and its breakpoint is there.
-    fn still_holds(&self, event: &Event) -> bool {
-        let breakpoint = match &event.reason {
-            StopReason::Breakpoint { breakpoint, .. } => breakpoint,
-            StopReason::Exit { .. } | StopReason::Crash(_) | StopReason::Exception { .. } => return true,
-            _ => return false,
-        };
+    /// Whether an event that waited is still true: its vCPU stands where it stood, and a breakpoint that it is about is
+    /// there; an access to what is watched stays true. Its reason becomes the first that is.
+    fn still_holds(&self, event: &mut Event) -> bool {
         let mut guard = self.lock_context(event.vcpu);
-        let Some(context) = guard.as_mut() else { return false };
-        breakpoint.is_enabled() && context.cpu.registers().is_ok_and(|r| r.rip == event.pc)
+        let at_pc = guard.as_mut().is_some_and(|c| c.cpu.registers().is_ok_and(|r| r.rip == event.pc));
+        let holds = |reason: &StopReason| match reason {
+            StopReason::Breakpoint { breakpoint, .. } => breakpoint.is_enabled() && at_pc,
+            StopReason::Watchpoint { breakpoint, .. } => breakpoint.is_enabled(),
+            StopReason::Exit { .. } | StopReason::Crash(_) | StopReason::Exception { .. } => true,
+            _ => false,
+        };
+        let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
+        found.map(|reason| event.reason = reason).is_some()
     }
 
     /// Waits for the next stop or the end. `check` is called when a signal arrives. `Ok(None)`: the deadline passed.
@@ -548,7 +604,7 @@ impl Machine {
 
     /// A temporary breakpoint is gone once it has stopped the world.
     fn finish_stop(&self, stop: &Stop) {
-        if let StopReason::Breakpoint { breakpoint, .. } = &stop.reason
+        if let StopReason::Breakpoint { breakpoint, .. } | StopReason::Watchpoint { breakpoint, .. } = &stop.reason
             && breakpoint.options.temporary
             && let Err(error) = self.delete_breakpoint(breakpoint)
         {

@@ -26,8 +26,15 @@ const KICK_AGAIN: Duration = Duration::from_millis(10);
 pub enum Plan {
     /// Run on.
     Run,
-    /// One instruction, then an event.
+    /// One instruction, then an event. Of several vCPUs that step, each executes its own before the stop is reported.
     Step,
+    /// Instructions until the program counter lies outside of `start..end`, one at least; then an event.
+    StepRange {
+        /// The first address of the range.
+        start: u64,
+        /// The first address behind it.
+        end: u64,
+    },
     /// Stay where it is.
     Hold,
 }
@@ -69,6 +76,8 @@ struct Seat {
     /// Outside of the guest and of its context, but in the middle of something: the exclusive section may be entered,
     /// and no stop is reported before the vCPU has finished.
     outside: bool,
+    /// Has not begun the step that it is to make: no stop is reported before.
+    owes_step: bool,
     plan: Plan,
 }
 
@@ -128,7 +137,7 @@ impl Engine {
     /// An engine for `cpus` vCPUs. With `debugging` it begins with a stop at the entry, and the guest's end is a stop too;
     /// otherwise the vCPUs run at once, and the guest's end is the VM's.
     pub fn new(cpus: u32, debugging: bool) -> Self {
-        let seat = Seat { parked: false, outside: false, plan: Plan::Run };
+        let seat = Seat { parked: false, outside: false, owes_step: false, plan: Plan::Run };
         Self {
             state: Mutex::new(State {
                 phase: if debugging { Phase::Stopping } else { Phase::Running },
@@ -175,7 +184,7 @@ impl Engine {
             return Ok(());
         }
         for seat in &mut state.seats {
-            seat.plan = Plan::Run;
+            (seat.plan, seat.owes_step) = (Plan::Run, false);
         }
         state.interrupt = None;
         state.phase = Phase::Running;
@@ -221,7 +230,7 @@ impl Engine {
 
     /// Reports the stop if every vCPU stands still.
     fn settle(&self, state: &mut State) {
-        if state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked) {
+        if state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked && !s.owes_step) {
             self.report(state);
         }
         self.changed.notify_all();
@@ -232,7 +241,7 @@ impl Engine {
         let last = state.stop.as_ref();
         let number = last.map_or(0, |s| s.number) + 1;
         let stop = match state.queue.pop_front() {
-            Some(Event { vcpu, pc, reason }) => Stop { reason, vcpu, pc, number },
+            Some(Event { vcpu, pc, reason, .. }) => Stop { reason, vcpu, pc, number },
             None => Stop {
                 reason: interrupt.unwrap_or(StopReason::Interrupt),
                 vcpu: last.map_or(0, |s| s.vcpu),
@@ -252,14 +261,19 @@ impl Engine {
         state.seats[n].parked = true;
         self.settle(&mut state);
         loop {
+            let seat = state.seats[n];
+            let may_run = state.exclusive.is_none() && seat.plan != Plan::Hold;
             match state.phase {
                 Phase::Ended => return Command::End,
-                Phase::Running if state.exclusive.is_none() && state.seats[n].plan != Plan::Hold => break,
+                Phase::Running if may_run => break,
+                Phase::Stopping if may_run && seat.owes_step => break,
                 _ => state = self.wait(state),
             }
         }
-        state.seats[n].parked = false;
-        self.slots[n].request.store(false, Ordering::SeqCst);
+        let seat = &mut state.seats[n];
+        (seat.parked, seat.owes_step) = (false, false);
+        // Late for its step, it makes that one, and waits for nothing.
+        self.slots[n].request.store(state.phase == Phase::Stopping, Ordering::SeqCst);
         Command::Run(state.seats[n].plan)
     }
 
@@ -319,10 +333,10 @@ impl Engine {
     }
 
     /// Runs `check` on each event that is found and not reported, oldest first, with the world stopped. The first that
-    /// still holds becomes the current stop; those before it are dropped.
-    pub fn report_pending(&self, mut check: impl FnMut(&Event) -> bool) -> Result<Option<Stop>> {
+    /// still holds, with the reason that `check` leaves in it, becomes the current stop; those before it are dropped.
+    pub fn report_pending(&self, mut check: impl FnMut(&mut Event) -> bool) -> Result<Option<Stop>> {
         loop {
-            let event = {
+            let mut event = {
                 let mut state = self.lock();
                 self.require_stopped(&state)?;
                 match state.queue.pop_front() {
@@ -330,7 +344,7 @@ impl Engine {
                     None => return Ok(None),
                 }
             };
-            if check(&event) {
+            if check(&mut event) {
                 let mut state = self.lock();
                 // The VM may have ended during the check.
                 self.require_stopped(&state)?;
@@ -357,6 +371,7 @@ impl Engine {
         }
         for (n, seat) in (0..).zip(&mut state.seats) {
             seat.plan = plan(n);
+            seat.owes_step = seat.plan == Plan::Step;
         }
         state.phase = Phase::Running;
         self.changed.notify_all();

@@ -2,9 +2,13 @@
 //! it at the same time.
 
 pub mod breakpoints;
+mod bus;
 pub mod condition;
 pub mod engine;
 pub(crate) mod stepping;
 pub mod stop;
 pub mod symbols;
+mod values;
 pub mod view;
+pub(crate) mod watching;
+pub mod watchpoints;

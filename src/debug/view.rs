@@ -43,6 +43,15 @@ impl<'a> View<'a> {
         Ok(())
     }
 
+    /// `length` bytes from guest-virtual `address`; none if one of them is not mapped.
+    pub fn read_vec(&self, mode: &PagingMode, address: u64, length: u64) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        if self.read(mode, address, &mut bytes).is_err() {
+            bytes.clear();
+        }
+        bytes
+    }
+
     /// Writes `data` to guest-virtual `address`, whatever the page's write permission. Nothing is written unless all of it can be.
     pub fn write(&self, mode: &PagingMode, address: u64, data: &[u8]) -> Result<(), GuestFault> {
         let pieces: Vec<_> = self.pieces(mode, address, data.len()).collect();
