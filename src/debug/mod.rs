@@ -1,6 +1,7 @@
 //! The debugger: one engine that stops the world, and what decides when. Front ends (Python, later the GDB server) use
 //! it at the same time.
 
+pub mod agent;
 pub mod breakpoints;
 mod bus;
 pub mod condition;

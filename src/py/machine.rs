@@ -430,7 +430,7 @@ impl PyMachine {
     ) -> PyResult<Condition> {
         let compiled = compiled.map(program).transpose().map_err(|e| to_python(py, e))?;
         let predicate = predicate.map(|callable| Arc::new(PyPredicate::new(self.callbacks.keep(callable))) as Arc<_>);
-        Ok(Condition { compiled, predicate })
+        Ok(Condition { compiled, predicate, ..Default::default() })
     }
 }
 
