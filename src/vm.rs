@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use self::input::GuestInput;
 use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
+use crate::debug::catch::Catch;
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
@@ -108,6 +109,8 @@ pub struct Machine {
     /// Breakpoints.
     pub table: RwLock<Table>,
     generation: AtomicU64,
+    catch: Catch,
+    controller: Mutex<Option<String>>,
     resuming: Mutex<()>,
     contexts: Vec<Mutex<Option<Context>>>,
     coalesced: Option<Arc<dyn Coalesced>>,
@@ -158,6 +161,8 @@ impl Machine {
             engine: Engine::new(cpus, debugging),
             table: RwLock::new(Table::default()),
             generation: AtomicU64::new(0),
+            catch: Catch::default(),
+            controller: Mutex::new(None),
             resuming: Mutex::new(()),
             coalesced: backend.coalesced(),
             pump: Pump::default(),
@@ -454,7 +459,8 @@ impl Machine {
         let stop = self.engine.check_stopped()?;
         self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
-        if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
+        let holds = |vcpu| plan(vcpu) == Plan::Hold;
+        if self.engine.report_pending(holds, |event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
         self.refresh_watches();
@@ -471,11 +477,52 @@ impl Machine {
         let holds = |reason: &StopReason| match reason {
             StopReason::Breakpoint { breakpoint, .. } => breakpoint.is_enabled() && at_pc,
             StopReason::Watchpoint { breakpoint, .. } => breakpoint.is_enabled(),
-            StopReason::Exit { .. } | StopReason::Crash(_) | StopReason::Exception { .. } => true,
+            StopReason::Exit { .. }
+            | StopReason::Crash(_)
+            | StopReason::Exception { .. }
+            | StopReason::Hypercall { .. } => true,
             _ => false,
         };
         let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
+        let known = std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
+        let is_newer = |b: &Arc<Breakpoint>| Some(b.id) > known;
+        if let (None, Some(context), true) = (&found, guard.as_mut(), at_pc)
+            && self.breakpoints_at(event.pc).is_some_and(|(_, breakpoints)| breakpoints.iter().any(is_newer))
+        {
+            // A client takes its breakpoints away and sets them again: what is there now has not been asked.
+            context.passed = None;
+        }
         found.map(|reason| event.reason = reason).is_some()
+    }
+
+    /// What a front end does about a stop that it has found without waiting: [`Machine::wait`] does it by itself.
+    pub(crate) fn after_stop(&self, stop: &Stop) {
+        let flushed = self.drain(0, &|| true).map(|()| self.console.flush(&|| true));
+        if let Err(error) = flushed {
+            log::warn!("console output: {error}");
+        }
+        self.finish_stop(stop);
+    }
+
+    /// Who else decides when the guest runs: a client of the server for gdb.
+    pub fn controller(&self) -> Option<String> {
+        self.controller.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Names who decides when the guest runs.
+    pub(crate) fn set_controller(&self, client: Option<String>) {
+        *self.controller.lock().unwrap_or_else(|e| e.into_inner()) = client;
+    }
+
+    /// Stops at these hypercalls; `Some(None)` at all, `None` at none.
+    pub fn catch_hypercalls(&self, wanted: Option<Option<std::collections::HashSet<u64>>>) {
+        self.catch.set(wanted);
+    }
+
+    /// Whether a hypercall stops the world.
+    #[inline]
+    pub(crate) fn catches(&self, number: u64) -> bool {
+        self.catch.wants(number)
     }
 
     /// Waits for the next stop or the end. `check` is called when a signal arrives. `Ok(None)`: the deadline passed.

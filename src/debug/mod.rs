@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod breakpoints;
 mod bus;
+pub mod catch;
 pub mod condition;
 pub mod engine;
 pub(crate) mod stepping;

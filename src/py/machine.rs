@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
 use crate::isolation::{IoMode, Source};
 use crate::memory::Backing;
-use crate::vm::{Config, Machine};
+use crate::vm::{Config, Machine, ThreadWrapper};
 
 /// A VM from its start to its end.
 #[pyclass(name = "Machine", frozen, module = "uhyve._core")]
@@ -102,8 +102,13 @@ fn isolation(word: &str) -> Result<FileIsolation> {
 }
 
 impl PyMachine {
+    /// The callables that its VM holds.
+    pub(super) fn callbacks(&self) -> &Arc<Callbacks> {
+        &self.callbacks
+    }
+
     /// A fork has copied this object, but not the VM's threads.
-    fn machine(&self) -> PyResult<&Arc<Machine>> {
+    pub(super) fn machine(&self) -> PyResult<&Arc<Machine>> {
         match self.machine.check_owner() {
             Ok(()) => Ok(&self.machine),
             Err(error) => Python::attach(|py| Err(to_python(py, error))),
@@ -212,11 +217,7 @@ impl PyMachine {
             isolation,
             io_mode: IoMode { direct: arguments.io_direct, sync: arguments.io_sync },
             debugging: arguments.debugging,
-            // One Python thread state for the life of the thread: attaching for a callback then costs 0.3 µs instead of 13.
-            wrapper: Some(Arc::new(|body: &mut dyn FnMut()| {
-                let body = std::panic::AssertUnwindSafe(SendPtr(body));
-                Python::attach(|py| py.detach(move || body.0.call()));
-            })),
+            wrapper: Some(thread_wrapper()),
         };
         let machine = detached(py, || Machine::start(config))?;
         Ok(Self { machine, callbacks })
@@ -254,6 +255,12 @@ impl PyMachine {
         let machine = self.machine()?;
         if step.is_some_and(|n| n >= machine.cpus()) {
             let text = format!("there is no vCPU {}; this VM has {}", step.unwrap_or(0), machine.cpus());
+            return Err(to_python(py, Error::VmState(text)));
+        }
+        if let Some(client) = machine.controller() {
+            let text = format!(
+                "a gdb client ({client}) controls the guest: let it go on there, or detach it; interrupt() and wait() work here"
+            );
             return Err(to_python(py, Error::VmState(text)));
         }
         detached(py, || {
@@ -446,7 +453,7 @@ impl Drop for PyMachine {
 }
 
 /// How a wait ends early: by a Python exception of a signal handler, or by our own error.
-enum Interrupted {
+pub(super) enum Interrupted {
     Raised(PyErr),
     Failed(Error),
 }
@@ -457,7 +464,7 @@ impl From<Error> for Interrupted {
     }
 }
 
-fn deadline(seconds: f64) -> Result<Instant> {
+pub(super) fn deadline(seconds: f64) -> Result<Instant> {
     let duration = Duration::try_from_secs_f64(seconds).map_err(|_| {
         Error::Config(format!("timeout {seconds} is not a number of seconds (0 or more, or None for no limit)"))
     })?;
@@ -466,7 +473,15 @@ fn deadline(seconds: f64) -> Result<Instant> {
         .ok_or_else(|| Error::Config(format!("timeout {seconds} s is too far away; use None for no limit")))
 }
 
-/// The body of a vCPU's thread, carried through `Python::detach`, which runs it on the same thread.
+/// Gives a thread one Python thread state for its life: attaching for a callback then costs 0.3 µs instead of 13.
+pub(super) fn thread_wrapper() -> ThreadWrapper {
+    Arc::new(|body: &mut dyn FnMut()| {
+        let body = std::panic::AssertUnwindSafe(SendPtr(body));
+        Python::attach(|py| py.detach(move || body.0.call()));
+    })
+}
+
+/// The body of a thread, carried through `Python::detach`, which runs it on the same thread.
 struct SendPtr<'a>(&'a mut dyn FnMut());
 
 // SAFETY: `detach` calls its closure on the calling thread, before it returns; nothing is sent anywhere.

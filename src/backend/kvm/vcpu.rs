@@ -417,6 +417,11 @@ impl Vcpu for KvmVcpu {
         self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
     }
 
+    fn is_halted(&mut self) -> Result<bool> {
+        let state = self.fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        Ok(state.mp_state == kvm_bindings::KVM_MP_STATE_HALTED)
+    }
+
     fn halt(&mut self) -> Result<()> {
         // HLT is behind the instruction whose interrupts STI holds off; a shadow that stays would keep it asleep.
         let mut events = self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
