@@ -13,6 +13,7 @@ use crate::debug::watching::Watching;
 use crate::devices::pci::{self, Firmware};
 use crate::error::{Crash, CrashReason, Error, Result};
 use crate::hypercall::{self, Call, Outcome, Request};
+use crate::memory::record_writes;
 use crate::paging::{self, PagingMode};
 use crate::registers::{CR0_PE, RDI};
 use crate::stats::ExitKind;
@@ -303,7 +304,7 @@ impl<'a> Seat<'a> {
             let found = paging::translate(&machine.memory, mode.as_ref()?, address).ok()?;
             Some((found.physical, found.remaining))
         };
-        let outcome = machine.services.dispatch(&mut Request {
+        let mut request = Request {
             call: pending.call,
             data: pending.data,
             size: pending.size,
@@ -311,8 +312,14 @@ impl<'a> Seat<'a> {
             translate: &mut translate,
             cancelled: &|| machine.engine.is_requested(number),
             progress: &mut pending.progress,
-        });
-        self.note_changes(watched)?;
+        };
+        let outcome = if watched.is_empty() {
+            machine.services.dispatch(&mut request)
+        } else {
+            let (outcome, written) = record_writes(|| machine.services.dispatch(&mut request));
+            self.note_changes(watched, &written)?;
+            outcome
+        };
         match outcome {
             Outcome::Done if is_caught => self.caught(pending.port, false),
             Outcome::Done => Ok(Flow::Continue),

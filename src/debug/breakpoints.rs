@@ -326,13 +326,16 @@ impl Table {
 
     /// Makes the watches agree with the enabled watchpoints; one that is stepped gets what the CPU has free by now.
     fn sync_watches(&mut self, capabilities: &Capabilities) -> Result<()> {
-        let before = std::mem::take(&mut self.watches);
+        let (_, mut warned) = self.watches();
+        self.watches.clear();
         let places = usize::try_from(capabilities.hardware_breakpoints).unwrap_or(usize::MAX);
         let mut free = places.saturating_sub(self.sites.values().filter(|s| s.kind == SiteKind::Hardware).count());
         for breakpoint in self.all.values().filter(|b| b.is_enabled()) {
             let Some(watch) = &breakpoint.watch else { continue };
-            let before = before.get(&breakpoint.id).map(|(_, kind)| kind);
-            let kind = watchpoints::choose(breakpoint, watch, capabilities, free, before)?;
+            let kind = watchpoints::choose(breakpoint, watch, capabilities, free)?;
+            if kind == WatchKind::Stepped && !std::mem::replace(&mut warned, true) {
+                watchpoints::warn_of_steps(breakpoint, capabilities);
+            }
             free -= kind.registers();
             self.watches.insert(breakpoint.id, (breakpoint.clone(), kind));
         }

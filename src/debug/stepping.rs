@@ -349,11 +349,11 @@ impl Seat<'_> {
             }
         }
         self.clear_trap_flag(&before, pc)?;
-        if let Some(expected) = expected {
-            self.note_expected(expected, &code)?;
-        }
         self.context().armed = None;
         let moved = self.context().cpu.registers()?.rip != pc;
+        if let Some(expected) = expected.filter(|_| moved || flow == Flow::Continue) {
+            self.note_expected(expected, &code)?;
+        }
         if moved || flow == Flow::Continue && !is_repeated(&code) {
             self.context().passed = None;
         }

@@ -81,7 +81,7 @@ impl<'a> View<'a> {
     }
 
     /// The pages of a virtual range: virtual address, part of the range, physical address.
-    fn pieces(
+    pub(super) fn pieces(
         &self,
         mode: &PagingMode,
         address: u64,

@@ -2,6 +2,7 @@
 //! of an instruction that it executes by itself, a host's write on behalf of the guest), and asks the watchpoints when
 //! the instruction is done.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::breakpoints::Breakpoint;
@@ -142,7 +143,10 @@ impl Seat<'_> {
         let watches = self.watched();
         let rip = self.context().cpu.registers()?.rip;
         // Not where it should be, it has raised an exception, or an interrupt came before or after it.
-        let doubtful = next.is_some_and(|next| next != rip) && !(rip == pc && is_repeated(code));
+        if rip == pc && !is_repeated(code) && next.is_some() {
+            return Ok(());
+        }
+        let doubtful = next.is_some_and(|next| next != rip) && rip != pc;
         let mode = self.paging_mode()?;
         let view = self.machine.view();
         let read = |address, length| view.read_vec(&mode, address, length);
@@ -165,11 +169,22 @@ impl Seat<'_> {
         Ok(snapshot)
     }
 
-    /// Notes what the host has changed since.
-    pub(crate) fn note_changes(&mut self, snapshot: Snapshot) -> Result<()> {
+    /// Notes what the host has changed since, in the guest-physical ranges that it wrote.
+    pub(crate) fn note_changes(&mut self, snapshot: Snapshot, written: &[Range<u64>]) -> Result<()> {
+        if written.is_empty() {
+            return Ok(());
+        }
+        let mode = self.paging_mode()?;
+        let view = self.machine.view();
         for (breakpoint, old) in snapshot {
-            let new = self.read_watched(breakpoint.address, old.len() as u64)?;
-            if let Some(touch) = watchpoints::changed(&breakpoint, &old, &new) {
+            let new = view.read_vec(&mode, breakpoint.address, old.len() as u64);
+            let pieces: Vec<_> = view.pieces(&mode, breakpoint.address, old.len()).collect();
+            let is_written = |n: usize| {
+                let piece = pieces.iter().find(|(_, range, _)| range.contains(&n));
+                let physical = piece.and_then(|(_, range, physical)| Some((*physical)? + (n - range.start) as u64));
+                physical.is_some_and(|physical| written.iter().any(|range| range.contains(&physical)))
+            };
+            if let Some(touch) = watchpoints::changed(&breakpoint, &old, &new, is_written) {
                 self.context().watching.touches.push((breakpoint, touch));
             }
         }

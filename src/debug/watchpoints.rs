@@ -89,6 +89,13 @@ pub struct Touch {
     pub new: Vec<u8>,
 }
 
+impl Touch {
+    /// "write" or "read".
+    pub fn access(&self) -> &'static str {
+        if self.write { WatchAccess::Write } else { WatchAccess::Read }.name()
+    }
+}
+
 /// How accesses are noticed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WatchKind {
@@ -114,7 +121,6 @@ pub(super) fn choose(
     watch: &Watch,
     capabilities: &Capabilities,
     free: usize,
-    before: Option<&WatchKind>,
 ) -> Result<WatchKind> {
     let pieces = if capabilities.any_range {
         let access = match watch.access {
@@ -135,20 +141,22 @@ pub(super) fn choose(
             "this hypervisor has no watchpoint left for this range, and no single-step to do without".into(),
         ));
     }
-    if before != Some(&WatchKind::Stepped) {
-        let reason = if capabilities.watchpoints {
-            format!("it needs more debug registers than the {free} that are free")
-        } else {
-            "this machine's debug registers do not notice accesses to data".to_owned()
-        };
-        log::warn!(
-            "watchpoint {} at {:#x}: {reason}, so every instruction of every vCPU is executed by itself while it is \
-             enabled; this is slow",
-            breakpoint.id,
-            breakpoint.address
-        );
-    }
     Ok(WatchKind::Stepped)
+}
+
+/// Says once what a stepped watchpoint costs.
+pub(super) fn warn_of_steps(breakpoint: &Breakpoint, capabilities: &Capabilities) {
+    let reason = if capabilities.watchpoints {
+        "it needs more debug registers than are free"
+    } else {
+        "this machine's debug registers do not notice accesses to data"
+    };
+    log::warn!(
+        "watchpoint {} at {:#x}: {reason}, so every instruction of every vCPU is executed by itself while it is enabled; \
+         this is slow",
+        breakpoint.id,
+        breakpoint.address
+    );
 }
 
 /// The aligned pieces of 8, 4, 2 or 1 bytes that debug registers watch (Intel SDM 3B, 19.2.5). No register looks out
@@ -243,13 +251,20 @@ pub(crate) fn noticed(breakpoint: &Breakpoint, address: u64, write: Option<bool>
     watch.access.is_for(write).then_some(Touch { address, write, old, new })
 }
 
-/// Whether what somebody else than a vCPU did to memory shows in a watchpoint's bytes.
-pub(crate) fn changed(breakpoint: &Breakpoint, old: &[u8], new: &[u8]) -> Option<Touch> {
+/// What somebody else than a vCPU did to memory, if it shows in a watchpoint's bytes. `is_written` tells of the offset of
+/// one of them whether it was written at all: another vCPU may have changed the others.
+pub(crate) fn changed(
+    breakpoint: &Breakpoint,
+    old: &[u8],
+    new: &[u8],
+    is_written: impl Fn(usize) -> bool,
+) -> Option<Touch> {
     let watch = breakpoint.watch.as_ref()?;
     if old == new || !watch.access.is_for(true) {
         return None;
     }
-    let first = old.iter().zip(new).position(|(a, b)| a != b).unwrap_or(0);
+    let differs = |n: &usize| old.get(*n) != new.get(*n) && is_written(*n);
+    let first = (0..old.len().max(new.len())).find(differs)?;
     let address = breakpoint.address.wrapping_add(first as u64);
     Some(Touch { address, write: true, old: old.to_vec(), new: new.to_vec() })
 }

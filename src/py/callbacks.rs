@@ -136,8 +136,9 @@ fn note(py: Python<'_>, error: &PyErr, hit: &Hit) {
         let _ = error.value(py).setattr("__traceback__", traceback);
     }
     let symbol = hit.machine.symbol_at(hit.pc).map(|s| format!(" ({s})")).unwrap_or_default();
+    let what = if hit.touch.is_some() { "watchpoint" } else { "breakpoint" };
     let text = format!(
-        "raised by the callback of breakpoint {} on vCPU {} at pc {:#x}{symbol}",
+        "raised by the callback of {what} {} on vCPU {} at pc {:#x}{symbol}",
         hit.breakpoint.id, hit.vcpu, hit.pc
     );
     // An exception type that refuses notes stays as it is.

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::breakpoint::{CompiledParts, PyBreakpoint, program};
+use super::breakpoint::{CompiledParts, PyBreakpoint, program, watched};
 use super::callbacks::{self, Callbacks, PyPredicate, Raised};
 use super::errors::{crashed, detached, to_python};
 use super::hit::Reach;
@@ -17,6 +17,7 @@ use super::registers::PyRegisters;
 use crate::debug::breakpoints::{BreakpointOptions, Condition};
 use crate::debug::engine::{End, Plan, Status};
 use crate::debug::stop::{Stop, StopReason};
+use crate::debug::watchpoints::WatchAccess;
 use crate::devices::serial::Output;
 use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
@@ -127,6 +128,14 @@ impl PyMachine {
             StopReason::Breakpoint { breakpoint, error } => {
                 dict.set_item("breakpoint", PyBreakpoint::new(self.machine.clone(), breakpoint.clone()))?;
                 dict.set_item("message", error.as_deref())?;
+            }
+            StopReason::Watchpoint { breakpoint, touch, error } => {
+                dict.set_item("breakpoint", PyBreakpoint::new(self.machine.clone(), breakpoint.clone()))?;
+                dict.set_item("message", error.as_deref())?;
+                dict.set_item("address", touch.address)?;
+                dict.set_item("access", touch.access())?;
+                dict.set_item("old", watched(py, &touch.old)?)?;
+                dict.set_item("new", watched(py, &touch.new)?)?;
             }
             StopReason::Exception { breakpoint, error } => {
                 dict.set_item("breakpoint", PyBreakpoint::new(self.machine.clone(), breakpoint.clone()))?;
@@ -327,6 +336,35 @@ impl PyMachine {
         let condition = self.condition(py, compiled, predicate)?;
         let options = BreakpointOptions { location, name, ignore, temporary, vcpu, disabled: !enabled, hardware };
         let inner = detached(py, || machine.add_breakpoint(address, options, condition))?;
+        Ok(PyBreakpoint::new(machine.clone(), inner))
+    }
+
+    #[pyo3(signature = (address, size, access, *, location, compiled, predicate, ignore, temporary, vcpu, enabled, name))]
+    #[allow(clippy::too_many_arguments)]
+    fn add_watchpoint(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        size: u64,
+        access: &str,
+        location: String,
+        compiled: Option<CompiledParts>,
+        predicate: Option<Py<PyAny>>,
+        ignore: u64,
+        temporary: bool,
+        vcpu: Option<u32>,
+        enabled: bool,
+        name: Option<String>,
+    ) -> PyResult<PyBreakpoint> {
+        let machine = self.machine()?;
+        let access = WatchAccess::from_name(access).ok_or_else(|| {
+            let text = format!("access {access:?} is unknown; choose \"write\", \"read\" or \"access\"");
+            to_python(py, Error::Breakpoint(text))
+        })?;
+        let condition = self.condition(py, compiled, predicate)?;
+        let options =
+            BreakpointOptions { location, name, ignore, temporary, vcpu, disabled: !enabled, ..Default::default() };
+        let inner = detached(py, || machine.add_watchpoint(address, size, access, options, condition))?;
         Ok(PyBreakpoint::new(machine.clone(), inner))
     }
 
