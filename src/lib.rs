@@ -11,6 +11,7 @@ pub mod debug;
 pub mod demo;
 pub mod devices;
 pub mod error;
+pub mod gdb;
 pub mod hypercall;
 pub mod isolation;
 pub mod memory;
