@@ -35,7 +35,7 @@ const FEATURES: &[u8] = b";ConditionalBreakpoints+;qXfer:threads:read+";
 /// The most bytes of packets that wait while the guest runs. A well-behaved client sends none.
 const MAX_WAITING: usize = 1 << 20;
 
-/// How often a client may ask in a row for the last packet again.
+/// How often a client may ask for a packet again.
 const MAX_NACKS: u32 = 8;
 
 /// A thread as a client sees it.
@@ -166,32 +166,16 @@ impl Filter {
     }
 
     fn arrive(&mut self, item: Item) {
-        match item {
-            Item::Ack => self.nacks = 0,
-            Item::Nack if self.no_ack => {}
-            Item::Nack => self.send_again(),
-            Item::Damaged if !self.no_ack => self.output.push(b'-'),
-            // A second one says nothing new.
-            Item::Interrupt if self.waiting.back() == Some(&Item::Interrupt) => {}
-            item => self.enqueue(item),
-        }
-    }
-
-    fn enqueue(&mut self, item: Item) {
-        let size = if let Item::Packet(payload) = &item { payload.len() + 64 } else { 64 };
-        if self.waiting_bytes + size > MAX_WAITING {
-            self.closing = true;
+        if item == Item::Ack {
             return;
         }
-        if item != Item::Interrupt && !self.no_ack {
-            self.output.push(b'+');
-        }
-        if item == Item::Packet(b"QStartNoAckMode".to_vec()) {
-            self.no_ack = true;
-        }
-        self.nacks = 0;
-        self.waiting_bytes += size;
+        self.waiting_bytes += weight(&item);
         self.waiting.push_back(item);
+        if self.waiting_bytes > MAX_WAITING {
+            self.closing = true;
+            self.waiting.clear();
+            self.waiting_bytes = 0;
+        }
     }
 
     fn send_again(&mut self) {
@@ -207,12 +191,15 @@ impl Filter {
     pub fn next(&mut self, session: &mut dyn Session) -> Option<Event> {
         loop {
             let item = self.take()?;
+            if !self.no_ack && matches!(item, Item::Packet(_) | Item::TooLong) {
+                self.output.push(b'+');
+            }
             let event = match item {
                 // What it asks for is so already: the client has its stop, or will find it.
                 Item::Interrupt => self.running.then_some(Event::Interrupt),
                 Item::Packet(payload) => self.packet(&payload, session),
-                _ => {
-                    self.reply(MALFORMED);
+                item => {
+                    self.handle_failure(&item);
                     None
                 }
             };
@@ -222,24 +209,29 @@ impl Filter {
         }
     }
 
+    fn handle_failure(&mut self, item: &Item) {
+        match item {
+            Item::Nack if self.no_ack => {}
+            Item::Nack => self.send_again(),
+            Item::Damaged if !self.no_ack => self.output.push(b'-'),
+            _ => self.reply(MALFORMED),
+        }
+    }
+
     fn take(&mut self) -> Option<Item> {
         let at = if self.running { self.urgent()? } else { 0 };
         let item = self.waiting.remove(at)?;
-        self.waiting_bytes -= if let Item::Packet(payload) = &item { payload.len() + 64 } else { 64 };
+        self.waiting_bytes -= weight(&item);
         Some(item)
     }
 
-    /// The first thing that does not wait for the guest to stop. What follows a packet that resumes belongs to that.
+    /// The first thing that does not wait for the guest to stop: it overtakes all that does.
     fn urgent(&self) -> Option<usize> {
-        for (at, item) in self.waiting.iter().enumerate() {
-            match item {
-                Item::Interrupt => return Some(at),
-                Item::Packet(payload) if is_end(payload) && check(payload) == Verdict::Pass => return Some(at),
-                Item::Packet(payload) if is_resume(payload) => return None,
-                _ => {}
-            }
-        }
-        None
+        self.waiting.iter().position(|item| match item {
+            Item::Interrupt => true,
+            Item::Packet(payload) => is_end(payload) && check(payload) == Verdict::Pass,
+            _ => false,
+        })
     }
 
     /// Takes gdbstub's output.
@@ -340,19 +332,19 @@ impl Filter {
         self.output.extend_from_slice(&frame);
         if !self.no_ack {
             self.last_sent = frame;
+            self.nacks = 0;
         }
     }
+}
+
+/// What an item that waits costs, about.
+fn weight(item: &Item) -> usize {
+    size_of::<Item>() + if let Item::Packet(payload) = item { payload.len() } else { 0 }
 }
 
 /// Whether a packet asks for the session's end.
 fn is_end(payload: &[u8]) -> bool {
     matches!(payload, b"k" | b"D" | [b'D', b';', ..]) || payload.starts_with(b"vKill;")
-}
-
-fn is_resume(payload: &[u8]) -> bool {
-    matches!(payload, [b'c' | b's' | b'C' | b'S' | b'R', ..])
-        || payload.starts_with(b"vCont")
-        || payload.starts_with(b"vRun")
 }
 
 /// The one feature that matters to gdbstub. It takes no request without any.

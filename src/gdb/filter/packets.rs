@@ -23,7 +23,10 @@ impl Filter {
                 Some(stop) => self.say(stop),
                 None => self.pass(payload, Asked::Ordinary),
             },
-            b"QStartNoAckMode" => self.say("OK"),
+            b"QStartNoAckMode" => {
+                self.no_ack = true;
+                self.say("OK")
+            }
             b"qC" => {
                 let current = self.current(session);
                 self.say(
