@@ -272,7 +272,15 @@ impl<'a> Seat<'a> {
                 for byte in text {
                     machine.stats.count_hypercall(self.number, call.kind());
                     let data = byte.into();
-                    flow = self.call(PendingCall { call, port, was_caught: false, data, size: 1, rdi: byte.into(), progress: 0 })?;
+                    flow = self.call(PendingCall {
+                        call,
+                        port,
+                        was_caught: false,
+                        data,
+                        size: 1,
+                        rdi: byte.into(),
+                        progress: 0,
+                    })?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use self::input::GuestInput;
 use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
-use crate::debug::catch::Catch;
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
+use crate::debug::catch::Catch;
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
@@ -448,6 +448,16 @@ impl Machine {
 
     /// Resumes by a plan, unless something that was found before and not reported still holds: that is the next stop.
     pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.resume_by(plan, false)
+    }
+
+    /// The same for a client that takes its breakpoints away while it steps one vCPU: what others that hold have found
+    /// waits until they may go on.
+    pub(crate) fn resume_chosen(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.resume_by(plan, true)
+    }
+
+    fn resume_by(&self, plan: impl Fn(u32) -> Plan, keeps_held: bool) -> Result<()> {
         self.check_owner()?;
         if vcpu::is_own_thread(self) {
             return Err(Error::VmState(
@@ -459,7 +469,7 @@ impl Machine {
         let stop = self.engine.check_stopped()?;
         self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
-        let holds = |vcpu| plan(vcpu) == Plan::Hold;
+        let holds = |vcpu| keeps_held && plan(vcpu) == Plan::Hold;
         if self.engine.report_pending(holds, |event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
@@ -484,7 +494,8 @@ impl Machine {
             _ => false,
         };
         let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
-        let known = std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
+        let known =
+            std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
         let is_newer = |b: &Arc<Breakpoint>| Some(b.id) > known;
         if let (None, Some(context), true) = (&found, guard.as_mut(), at_pc)
             && self.breakpoints_at(event.pc).is_some_and(|(_, breakpoints)| breakpoints.iter().any(is_newer))
