@@ -1,6 +1,7 @@
 //! Guest RAM. This is the only place that holds a host pointer into it; everyone else reads and writes by
 //! guest-physical address, and an address outside of RAM is an error, never a fault of the host.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -155,6 +156,7 @@ impl GuestMemory {
     /// Writes `data` to guest-physical `address`.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), GuestFault> {
         let at = self.check(address, data.len())?;
+        note_write(address, data.len());
         self.mmap.write_slice(data, at).map_err(|_| fault(address, data.len()))
     }
 
@@ -167,6 +169,7 @@ impl GuestMemory {
     /// Writes a plain struct; its address need not be aligned.
     pub fn write_object<T: ByteValued>(&self, address: u64, value: T) -> Result<(), GuestFault> {
         let at = self.check(address, size_of::<T>())?;
+        note_write(address, size_of::<T>());
         self.mmap.write_obj(value, at).map_err(|_| fault(address, size_of::<T>()))
     }
 
@@ -226,6 +229,7 @@ impl GuestMemory {
     /// One `read(2)` from `source` straight into RAM; returns the bytes read.
     pub fn read_from(&self, address: u64, source: &mut impl ReadVolatile, length: usize) -> std::io::Result<usize> {
         self.check(address, length).map_err(std::io::Error::other)?;
+        note_write(address, length);
         self.mmap.read_volatile_from(GuestAddress(address), source, length).map_err(into_io)
     }
 
@@ -234,6 +238,27 @@ impl GuestMemory {
         self.check(address, length).map_err(std::io::Error::other)?;
         self.mmap.write_volatile_to(GuestAddress(address), sink, length).map_err(into_io)
     }
+}
+
+thread_local! {
+    /// What this thread writes into guest memory, while somebody wants to know.
+    static WRITES: RefCell<Option<Vec<Range<u64>>>> = const { RefCell::new(None) };
+}
+
+fn note_write(address: u64, length: usize) {
+    WRITES.with_borrow_mut(|writes| {
+        if let Some(writes) = writes {
+            writes.push(address..address.saturating_add(length as u64));
+        }
+    });
+}
+
+/// Runs `f`, and tells the guest-physical ranges that it wrote on this thread (or tried to).
+pub fn record_writes<T>(f: impl FnOnce() -> T) -> (T, Vec<Range<u64>>) {
+    let before = WRITES.replace(Some(Vec::new()));
+    let result = f();
+    let writes = WRITES.replace(before);
+    (result, writes.unwrap_or_default())
 }
 
 fn into_io(error: vm_memory::GuestMemoryError) -> std::io::Error {

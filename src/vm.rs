@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 use self::input::GuestInput;
 use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
+use crate::debug::catch::Catch;
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
 use crate::debug::view::View;
+use crate::debug::watchpoints::{Watch, WatchAccess, WatchKind};
 use crate::devices::pci::{self, Pci};
 use crate::devices::pump::Pump;
 use crate::devices::serial::{Output, Serial};
@@ -107,6 +109,8 @@ pub struct Machine {
     /// Breakpoints.
     pub table: RwLock<Table>,
     generation: AtomicU64,
+    catch: Catch,
+    controller: Mutex<Option<String>>,
     resuming: Mutex<()>,
     contexts: Vec<Mutex<Option<Context>>>,
     coalesced: Option<Arc<dyn Coalesced>>,
@@ -157,6 +161,8 @@ impl Machine {
             engine: Engine::new(cpus, debugging),
             table: RwLock::new(Table::default()),
             generation: AtomicU64::new(0),
+            catch: Catch::default(),
+            controller: Mutex::new(None),
             resuming: Mutex::new(()),
             coalesced: backend.coalesced(),
             pump: Pump::default(),
@@ -357,6 +363,31 @@ impl Machine {
         options: BreakpointOptions,
         condition: Condition,
     ) -> Result<Arc<Breakpoint>> {
+        self.add(address, None, options, condition)
+    }
+
+    /// Sets a watchpoint on `length` bytes at guest-virtual `address`. From the moment that this returns it holds on
+    /// every vCPU. Numbers are shared with breakpoints; of the options, `hardware` means nothing here.
+    pub fn add_watchpoint(
+        &self,
+        address: u64,
+        length: u64,
+        access: WatchAccess,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
+        let breakpoint = self.add(address, Some(Watch::new(address, length, access)?), options, condition)?;
+        self.refresh_watches();
+        Ok(breakpoint)
+    }
+
+    fn add(
+        &self,
+        address: u64,
+        watch: Option<Watch>,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
         if options.vcpu.is_some_and(|n| n >= self.cpus()) {
             return Err(Error::Breakpoint(format!(
                 "there is no vCPU {}; this VM has {}",
@@ -364,7 +395,7 @@ impl Machine {
                 self.cpus()
             )));
         }
-        self.change_table(|t| t.add(address, options, condition), |t, b| t.remove(b))
+        self.change_table(|t| t.add(address, watch, options, condition), |t, b| t.remove(b))
     }
 
     /// Enables or disables a breakpoint.
@@ -384,7 +415,33 @@ impl Machine {
         self.change_table(|t| t.remove(breakpoint), |_, ()| ())
     }
 
-    /// All breakpoints, by number.
+    /// How an enabled watchpoint is made.
+    pub fn watch_kind(&self, breakpoint: &Breakpoint) -> Option<WatchKind> {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).watch_kind(breakpoint).cloned()
+    }
+
+    /// The enabled watchpoints, and whether one of them needs every instruction to be executed by itself.
+    pub(crate) fn watches(&self) -> (Arc<[Arc<Breakpoint>]>, bool) {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).watches()
+    }
+
+    /// Looks at what is watched, so that the next access is compared with what is there now.
+    fn refresh_watches(&self) {
+        let (watches, _) = self.watches();
+        if watches.is_empty() {
+            return;
+        }
+        let mut guard = self.lock_context(vcpu::current(self).unwrap_or(0));
+        let Some(Ok(system)) = guard.as_mut().map(|c| c.cpu.system_registers()) else { return };
+        let mode = PagingMode::from(&system);
+        for breakpoint in watches.iter() {
+            if let Some(watch) = &breakpoint.watch {
+                *watch.seen() = Some(self.view().read_vec(&mode, breakpoint.address, watch.length));
+            }
+        }
+    }
+
+    /// All breakpoints and watchpoints, by number.
     pub fn breakpoints(&self) -> Vec<Arc<Breakpoint>> {
         self.table.read().unwrap_or_else(|e| e.into_inner()).breakpoints()
     }
@@ -402,24 +459,70 @@ impl Machine {
         let stop = self.engine.check_stopped()?;
         self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
-        if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
+        let holds = |vcpu| plan(vcpu) == Plan::Hold;
+        if self.engine.report_pending(holds, |event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
+        self.refresh_watches();
         self.engine.resume(plan)?;
         self.pump.wake();
         Ok(())
     }
 
-    /// Whether an event that waited is still true: its vCPU stands where it stood, and its breakpoint is there.
-    fn still_holds(&self, event: &Event) -> bool {
-        let breakpoint = match &event.reason {
-            StopReason::Breakpoint { breakpoint, .. } => breakpoint,
-            StopReason::Exit { .. } | StopReason::Crash(_) | StopReason::Exception { .. } => return true,
-            _ => return false,
-        };
+    /// Whether an event that waited is still true: its vCPU stands where it stood, and a breakpoint that it is about is
+    /// there; an access to what is watched stays true. Its reason becomes the first that is.
+    fn still_holds(&self, event: &mut Event) -> bool {
         let mut guard = self.lock_context(event.vcpu);
-        let Some(context) = guard.as_mut() else { return false };
-        breakpoint.is_enabled() && context.cpu.registers().is_ok_and(|r| r.rip == event.pc)
+        let at_pc = guard.as_mut().is_some_and(|c| c.cpu.registers().is_ok_and(|r| r.rip == event.pc));
+        let holds = |reason: &StopReason| match reason {
+            StopReason::Breakpoint { breakpoint, .. } => breakpoint.is_enabled() && at_pc,
+            StopReason::Watchpoint { breakpoint, .. } => breakpoint.is_enabled(),
+            StopReason::Exit { .. }
+            | StopReason::Crash(_)
+            | StopReason::Exception { .. }
+            | StopReason::Hypercall { .. } => true,
+            _ => false,
+        };
+        let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
+        let known = std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
+        let is_newer = |b: &Arc<Breakpoint>| Some(b.id) > known;
+        if let (None, Some(context), true) = (&found, guard.as_mut(), at_pc)
+            && self.breakpoints_at(event.pc).is_some_and(|(_, breakpoints)| breakpoints.iter().any(is_newer))
+        {
+            // A client takes its breakpoints away and sets them again: what is there now has not been asked.
+            context.passed = None;
+        }
+        found.map(|reason| event.reason = reason).is_some()
+    }
+
+    /// What a front end does about a stop that it has found without waiting: [`Machine::wait`] does it by itself.
+    pub(crate) fn after_stop(&self, stop: &Stop) {
+        let flushed = self.drain(0, &|| true).map(|()| self.console.flush(&|| true));
+        if let Err(error) = flushed {
+            log::warn!("console output: {error}");
+        }
+        self.finish_stop(stop);
+    }
+
+    /// Who else decides when the guest runs: a client of the server for gdb.
+    pub fn controller(&self) -> Option<String> {
+        self.controller.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Names who decides when the guest runs.
+    pub(crate) fn set_controller(&self, client: Option<String>) {
+        *self.controller.lock().unwrap_or_else(|e| e.into_inner()) = client;
+    }
+
+    /// Stops at these hypercalls; `Some(None)` at all, `None` at none.
+    pub fn catch_hypercalls(&self, wanted: Option<Option<std::collections::HashSet<u64>>>) {
+        self.catch.set(wanted);
+    }
+
+    /// Whether a hypercall stops the world.
+    #[inline]
+    pub(crate) fn catches(&self, number: u64) -> bool {
+        self.catch.wants(number)
     }
 
     /// Waits for the next stop or the end. `check` is called when a signal arrives. `Ok(None)`: the deadline passed.
@@ -432,9 +535,15 @@ impl Machine {
             return Err(Error::VmState("a callback can't wait for the guest: return a decision instead".into()).into());
         }
         let waiter = engine::waiter()?;
-        let status = self.engine.wait_for_stop(deadline, check, &waiter)?;
-        if status.is_some() {
-            self.flush(check)?;
+        let mut status = self.engine.wait_for_stop(deadline, check, &waiter)?;
+        if let Some(found) = &status {
+            self.flush(is_last(found), check)?;
+            if self.console.callback_has_failed() {
+                // The console's thread ends the VM by it, now or in a moment.
+                let failure = std::io::Error::other("the console's callback has failed");
+                self.engine.end(End::Failed(Error::Host { what: "console output".into(), source: failure }));
+                status = Some(self.engine.status());
+            }
         }
         if let Some(Status::Stopped(stop)) = &status {
             self.finish_stop(stop);
@@ -442,18 +551,20 @@ impl Machine {
         Ok(status)
     }
 
-    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that.
-    fn flush<E: From<Error>>(&self, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
+    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that. What a callback
+    /// on another thread is at is waited for when no more output follows.
+    fn flush<E: From<Error>>(&self, is_last: bool, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
         self.drain(0, &|| false)?;
         let failure = RefCell::new(None);
         let check = RefCell::new(check);
-        let flushed = self.console.flush(&|| match (check.borrow_mut())() {
+        let cancelled = || match (check.borrow_mut())() {
             Ok(()) => false,
             Err(error) => {
                 *failure.borrow_mut() = Some(error);
                 true
             }
-        });
+        };
+        let flushed = if is_last { self.console.settle(&cancelled) } else { self.console.flush(&cancelled) };
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
@@ -540,7 +651,7 @@ impl Machine {
 
     /// A temporary breakpoint is gone once it has stopped the world.
     fn finish_stop(&self, stop: &Stop) {
-        if let StopReason::Breakpoint { breakpoint, .. } = &stop.reason
+        if let StopReason::Breakpoint { breakpoint, .. } | StopReason::Watchpoint { breakpoint, .. } = &stop.reason
             && breakpoint.options.temporary
             && let Err(error) = self.delete_breakpoint(breakpoint)
         {
@@ -608,6 +719,15 @@ impl Machine {
         drop(self.backend.lock().unwrap_or_else(|e| e.into_inner()).take());
         self.memory.release();
         self.services.files().remove_scratch();
+    }
+}
+
+/// Whether the guest does nothing after this.
+fn is_last(status: &Status) -> bool {
+    match status {
+        Status::Running => false,
+        Status::Stopped(stop) => stop.reason.is_final(),
+        Status::Ended(_) => true,
     }
 }
 

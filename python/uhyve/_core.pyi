@@ -118,6 +118,22 @@ class Machine:
         hardware: bool,
     ) -> Breakpoint:
         """Sets a breakpoint. From the moment that this returns it holds on every vCPU."""
+    def add_watchpoint(
+        self,
+        address: int,
+        size: int,
+        access: str,
+        *,
+        location: str,
+        compiled: _CompiledParts | None,
+        predicate: Callable[[Hit], object] | None,
+        ignore: int,
+        temporary: bool,
+        vcpu: int | None,
+        enabled: bool,
+        name: str | None,
+    ) -> Breakpoint:
+        """Sets a watchpoint. From the moment that this returns it holds on every vCPU."""
     def set_condition(
         self,
         breakpoint: Breakpoint,
@@ -157,7 +173,7 @@ class Machine:
 
 @final
 class Breakpoint:
-    """A breakpoint of a machine."""
+    """A breakpoint or watchpoint of a machine."""
 
     @property
     def id(self) -> int:
@@ -199,6 +215,12 @@ class Breakpoint:
     def delete(self) -> None:
         """Deletes it; the guest's code is as it was."""
     @property
+    def size(self) -> int | None:
+        """Bytes that a watchpoint watches; None for a breakpoint."""
+    @property
+    def access(self) -> Literal["write", "read", "access"] | None:
+        """What fires a watchpoint; None for a breakpoint."""
+    @property
     def kind(self) -> Literal["int3", "debug register", "single-step"] | None:
         """How the guest is made to leave there; None while disabled."""
     @property
@@ -209,7 +231,7 @@ class Breakpoint:
 
 @final
 class Hit:
-    """A vCPU that met a breakpoint. Usable only inside the callback that got it."""
+    """A vCPU that met a breakpoint, or has touched what is watched. Usable only inside the callback that got it."""
 
     @property
     def vcpu(self) -> int:
@@ -219,7 +241,19 @@ class Hit:
         """Where it is."""
     @property
     def breakpoint(self) -> Breakpoint:
-        """The breakpoint."""
+        """The breakpoint or watchpoint."""
+    @property
+    def address(self) -> int | None:
+        """Of a watchpoint: the first watched byte that was accessed, as far as that is known. Else None."""
+    @property
+    def access(self) -> Literal["write", "read"] | None:
+        """Of a watchpoint: what was done. Else None."""
+    @property
+    def old(self) -> int | bytes | None:
+        """Of a watchpoint: what was there before; a number of up to 8 bytes, else bytes; None if it was not mapped."""
+    @property
+    def new(self) -> int | bytes | None:
+        """Of a watchpoint: what is there now, as ``old``."""
     @property
     def symbol(self) -> str | None:
         """``"symbol+0x10"`` for ``pc``, if known."""

@@ -430,16 +430,19 @@ class Vm:
             if run.machine is not None:
                 run.machine.end()
 
-    def debug(self) -> Debugger:
+    def debug(self, gdb: str | None = None) -> Debugger:
         """Starts a machine that stands still before its first instruction, and gives the debugger that controls it.
 
-        Raises what ``start()`` raises.
+        With ``gdb``, an address, the debugger's ``serve_gdb()`` is called with it. Raises what ``start()`` raises.
         """
         from uhyve.debugger import Debugger
 
         run = _Run(debugging=True)
         try:
-            return Debugger(self, self._launch(run))
+            debugger = Debugger(self, self._launch(run))
+            if gdb is not None:
+                debugger.serve_gdb(gdb)
+            return debugger
         except BaseException:
             self._release(run)
             raise
@@ -469,7 +472,7 @@ class Vm:
         fields = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return f"Vm({', '.join([repr(self._image.name), *fields])})"
 
-    def _launch(self, run: _Run) -> Machine:
+    def _launch(self, run: _Run, changed: Mapping[str, object] | None = None) -> Machine:
         """Makes the machine of a run. Whoever calls this releases the run, whatever is raised."""
         with self._lock:
             if self._run is not None:
@@ -478,7 +481,7 @@ class Vm:
                 )
             self._run, self._result = run, None
             _running.add(self)
-        arguments = {**self._arguments, "debugging": run.debugging}
+        arguments = {**self._arguments, **(changed or {}), "debugging": run.debugging}
         if self._host_environment:
             arguments["env"] = _environment(os.environ)
         if arguments["output"] == "stdout" and sys.stdout is not None:
@@ -489,6 +492,16 @@ class Vm:
         if run.interrupted:
             run.machine.end()
         return run.machine
+
+    def _relaunch(self, machine: Machine, arguments: Sequence[str] | None) -> Machine:
+        """A fresh machine in the place of one that is being debugged; with ``arguments``, those of the application."""
+        self._release_machine(machine)
+        run = _Run(debugging=True)
+        try:
+            return self._launch(run, {} if arguments is None else {"args": list(arguments)})
+        except BaseException:
+            self._release(run)
+            raise
 
     def _wait(self, run: _Run, timeout: float | None) -> VmResult:
         machine = run.machine

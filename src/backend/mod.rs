@@ -83,6 +83,8 @@ pub trait Vcpu: Send {
     fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<()>;
     /// Delivers an exception to the guest at the next `run`, as if the instruction at RIP had raised it.
     fn inject(&mut self, exception: Exception) -> Result<()>;
+    /// Whether the vCPU waits in HLT.
+    fn is_halted(&mut self) -> Result<bool>;
     /// Puts the vCPU to sleep as HLT does: at the next `run` it waits for an interrupt first.
     fn halt(&mut self) -> Result<()>;
     /// A handle that makes `run` return from any thread.

@@ -3,9 +3,14 @@
 
 pub mod agent;
 pub mod breakpoints;
+mod bus;
+pub mod catch;
 pub mod condition;
 pub mod engine;
 pub(crate) mod stepping;
 pub mod stop;
 pub mod symbols;
+mod values;
 pub mod view;
+pub(crate) mod watching;
+pub mod watchpoints;

@@ -3,6 +3,7 @@
 //! lifting it. iced-x86 decodes; integer instructions are written out in Rust; SSE and x87 arithmetic is done by the
 //! host's own CPU, so that rounding, NaNs and exception flags are the hardware's. Only 64-bit mode is known.
 
+mod accesses;
 mod bits;
 mod control;
 mod flags;
@@ -29,6 +30,7 @@ use crate::registers::{
     CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_RF, Segment, segment_attributes,
 };
 use crate::registers::{FpuState, Registers, SystemRegisters};
+pub use accesses::{Accesses, accesses};
 use operand::Machine;
 
 /// The longest instruction that the architecture allows, in bytes.
