@@ -2,6 +2,7 @@
 //! above speaks these; what a kernel or an emulator calls its own structs stays below.
 
 pub mod kvm;
+pub mod soft;
 
 use std::sync::Arc;
 
