@@ -220,14 +220,12 @@ impl Board {
 
     /// When a timer does something to a CPU next.
     pub fn next_event(&self) -> Option<u64> {
-        let pit = self.pit.as_ref().and_then(Pit::next_event);
-        self.apics.iter().filter_map(LocalApic::next_interrupt).chain(pit).min()
+        self.apics.iter().filter_map(LocalApic::next_interrupt).chain(self.next_pit()).min()
     }
 
-    /// When a timer wakes a vCPU next that waits for an interrupt. The interval timer may be heard by nobody.
-    pub fn next_wake(&self, vcpu: usize) -> Option<u64> {
-        let pit = self.pit.as_ref().and_then(Pit::next_event);
-        self.apics[vcpu].next_wake().into_iter().chain(pit).min()
+    /// When the interval timer interrupts next, whether anybody hears it or not.
+    pub fn next_pit(&self) -> Option<u64> {
+        self.pit.as_ref().and_then(Pit::next_event)
     }
 
     /// What a vCPU is asked to take now.
@@ -352,16 +350,15 @@ mod tests {
     #[test]
     fn test_timer_that_cannot_wake_is_no_wake() {
         let mut board = board(2);
-        board.pit = None;
         for vcpu in 0..2 {
             write(&mut board, vcpu, APIC + 0x320, 0x2_0040);
             write(&mut board, vcpu, APIC + 0x380, 1000);
         }
-        assert_eq!(board.next_wake(1), Some(2100));
+        assert_eq!(board.apic(1).next_wake(), Some(2100));
         board.apic_mut(1).set_cr8(4);
-        assert_eq!((board.next_wake(0), board.next_wake(1)), (Some(2100), None));
+        assert_eq!((board.apic(0).next_wake(), board.apic(1).next_wake()), (Some(2100), None));
         write(&mut board, 0, APIC + 0x320, 0x3_0040);
-        assert_eq!(board.next_wake(0), None);
+        assert_eq!(board.apic(0).next_wake(), None);
     }
 
     #[test]
