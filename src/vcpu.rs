@@ -151,7 +151,9 @@ impl<'a> Seat<'a> {
         } else {
             self.run_guest()?;
         }
-        self.settle_io()
+        self.settle_io()?;
+        self.context().cpu.park();
+        Ok(())
     }
 
     fn run_guest(&mut self) -> Result<()> {

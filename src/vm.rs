@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use self::input::GuestInput;
+use crate::backend::soft::machine::SoftOptions;
 use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
@@ -139,7 +140,8 @@ impl Machine {
         let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut random)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
         let coalesced_ports = vec![(CONSOLE_PORT, 1), (pci::ADDRESS, 4)];
-        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports };
+        let soft = SoftOptions::default();
+        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, soft };
         let backend = backend::open(&config.backend, &memory, &options)?;
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
@@ -405,9 +407,17 @@ impl Machine {
         if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
+        self.announce(&|n| plan(n) != Plan::Hold);
         self.engine.resume(plan)?;
         self.pump.wake();
         Ok(())
+    }
+
+    /// Tells the back end which vCPUs are about to run.
+    fn announce(&self, runs: &dyn Fn(u32) -> bool) {
+        if let Some(backend) = self.backend.lock().unwrap_or_else(|e| e.into_inner()).as_ref() {
+            backend.resuming(runs);
+        }
     }
 
     /// Whether an event that waited is still true: its vCPU stands where it stood, and its breakpoint is there.
@@ -568,6 +578,7 @@ impl Machine {
         for breakpoint in self.breakpoints() {
             self.delete_breakpoint(&breakpoint)?;
         }
+        self.announce(&|_| true);
         self.engine.detach()?;
         self.pump.wake();
         Ok(())

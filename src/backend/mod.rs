@@ -2,6 +2,7 @@
 //! above speaks these; what a kernel or an emulator calls its own structs stays below.
 
 pub mod kvm;
+mod signal;
 pub mod soft;
 
 use std::sync::Arc;
@@ -21,6 +22,8 @@ pub struct MachineOptions {
     pub cpu_pm: bool,
     /// Ports (and bytes a write) whose writes may be queued instead of leaving the guest one by one.
     pub coalesced_ports: Vec<(u16, u32)>,
+    /// What only the software back end has to choose.
+    pub soft: soft::machine::SoftOptions,
 }
 
 /// One virtual machine of a hypervisor: memory, interrupt controllers, and a maker of vCPUs.
@@ -33,6 +36,10 @@ pub trait Backend: Send + Sync {
     fn coalesced(&self) -> Option<Arc<dyn Coalesced>>;
     /// What its debug facilities can do. May run a probe guest, once per process.
     fn capabilities(&self) -> Result<Capabilities>;
+    /// The vCPUs for which `runs` says so are about to run, all others stay where they are. None runs now.
+    fn resuming(&self, runs: &dyn Fn(u32) -> bool) {
+        let _ = runs;
+    }
 }
 
 /// Port writes that wait. They happened before any exit that is handled after them, and are taken first.
@@ -49,6 +56,9 @@ pub trait Vcpu: Send {
     fn bind_to_current_thread(&mut self) -> Result<()>;
     /// Ends the binding; called by the bound thread before it ends.
     fn unbind(&mut self);
+    /// The thread goes to where it may stay for long (a stopped world): from now to the next `run`, no other vCPU waits
+    /// for this one.
+    fn park(&mut self) {}
     /// Executes guest code until something happens that the VMM must see.
     fn run(&mut self) -> Result<Exit>;
     /// Finishes the port or memory access that the last exit was about, without executing another instruction, so
@@ -291,10 +301,13 @@ pub struct Capabilities {
     pub any_range: bool,
 }
 
-/// Opens the back end of that name: `auto`, `kvm`.
+/// Opens the back end of that name: `auto`, `kvm`, `soft`.
 pub fn open(name: &str, memory: &GuestMemory, options: &MachineOptions) -> Result<Arc<dyn Backend>> {
     match name {
         "auto" | "kvm" => Ok(Arc::new(kvm::KvmBackend::new(memory, options)?)),
-        other => Err(crate::error::Error::Config(format!("backend {other:?} is unknown; choose \"auto\" or \"kvm\""))),
+        "soft" => Ok(Arc::new(soft::SoftBackend::new(memory, options)?)),
+        other => Err(crate::error::Error::Config(format!(
+            "backend {other:?} is unknown; choose \"auto\", \"kvm\" or \"soft\""
+        ))),
     }
 }

@@ -239,6 +239,14 @@ impl Board {
         (apic.pending().is_some() || from_pics()).then_some(Interrupt::Maskable)
     }
 
+    /// The vector of the maskable interrupt that a vCPU is asked to take.
+    pub fn vector(&self, vcpu: usize) -> Option<u8> {
+        if vcpu == 0 && self.pics.is_pending() && self.apics[0].takes_extint() {
+            return Some({ self.pics }.acknowledge());
+        }
+        self.apics[vcpu].pending()
+    }
+
     /// A vCPU takes its NMI.
     pub fn take_nmi(&mut self, vcpu: usize) -> bool {
         self.apics[vcpu].take_nmi()

@@ -7,7 +7,8 @@ use super::apic_command::{Delivery, Destination, Message};
 pub const BASE: u64 = 0xfec0_0000;
 /// Pins.
 pub const PINS: usize = 24;
-const VERSION: u32 = 0x11;
+/// Version 0x11, and the highest pin.
+const VERSION: u32 = 0x0017_0011;
 /// Offsets of the register that selects, and of the window to what is selected.
 const SELECT: u64 = 0;
 const WINDOW: u64 = 0x10;
@@ -65,7 +66,7 @@ impl IoApic {
     fn selected(&self) -> u32 {
         match self.select {
             0 | 2 => self.id,
-            1 => VERSION | (PINS as u32 - 1) << 16,
+            1 => VERSION,
             _ => self.entry().map_or(0, |(pin, is_high)| {
                 let [a, b, c, d, e, f, g, h] = self.entries[pin].to_le_bytes();
                 u32::from_le_bytes(if is_high { [e, f, g, h] } else { [a, b, c, d] })

@@ -142,11 +142,11 @@ impl LocalApic {
     /// Writes IA32_APIC_BASE as the guest does: reserved bits and changes of mode that a CPU does not make are refused.
     pub fn write_base(&mut self, value: u64) -> Result<(), Refused> {
         let mode = |base: u64| (base & BASE_ENABLED != 0, base & BASE_X2APIC != 0);
-        let is_allowed = match (mode(self.base), mode(value)) {
-            (_, (false, true)) | ((true, true), (true, false)) | ((false, false), (true, true)) => false,
-            _ => true,
-        };
-        if value & !(BASE_ADDRESS | BASE_BSP | BASE_X2APIC | BASE_ENABLED) != 0 || !is_allowed {
+        let is_refused = matches!(
+            (mode(self.base), mode(value)),
+            (_, (false, true)) | ((true, true), (true, false)) | ((false, false), (true, true))
+        );
+        if value & !(BASE_ADDRESS | BASE_BSP | BASE_X2APIC | BASE_ENABLED) != 0 || is_refused {
             return Err(Refused);
         }
         self.set_base(value);

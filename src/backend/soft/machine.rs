@@ -2,6 +2,7 @@
 //! guest code, on its own thread; it takes the lock for an access to a device, and at the ends of its slices. Everybody
 //! else waits here, without using the host's CPU.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use super::board::{Board, Interrupt};
@@ -77,6 +78,12 @@ impl Inner {
         }
     }
 
+    /// The vCPU whose turn it is has executed so many instructions.
+    pub(super) fn count(&mut self, instructions: u64) {
+        self.clock.pass(instructions);
+        self.schedule.spend(instructions);
+    }
+
     /// Instructions that the vCPU whose turn it is may execute before something has to be looked at.
     pub(super) fn budget(&mut self) -> u64 {
         let now = self.advance();
@@ -91,6 +98,8 @@ pub(super) struct Shared {
     inner: Mutex<Inner>,
     /// Where each vCPU's thread waits for its turn.
     turns: Vec<Condvar>,
+    /// A kick came that no `run` of the vCPU has answered.
+    kicked: Vec<AtomicBool>,
 }
 
 /// Why a vCPU stops executing.
@@ -111,7 +120,11 @@ impl Shared {
             clock: Clock::new(options.clock),
             schedule: Schedule::new(cpus, options.quantum, options.seed),
         };
-        Self { inner: Mutex::new(inner), turns: (0..cpus).map(|_| Condvar::new()).collect() }
+        Self {
+            inner: Mutex::new(inner),
+            turns: (0..cpus).map(|_| Condvar::new()).collect(),
+            kicked: (0..cpus).map(|_| AtomicBool::new(false)).collect(),
+        }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -123,12 +136,23 @@ impl Shared {
         self.lock().schedule.set_present(vcpu, true);
     }
 
-    /// Waits for the vCPU's turn. `None` if `is_kicked` says meanwhile that it shall not wait.
-    pub(super) fn take_turn(&self, vcpu: usize, is_kicked: &dyn Fn() -> bool) -> Option<MutexGuard<'_, Inner>> {
+    /// A kick for a vCPU: it does not wait, neither now nor the next time.
+    pub(super) fn kick(&self, vcpu: usize) {
+        self.kicked[vcpu].store(true, Ordering::SeqCst);
+        self.wake(vcpu);
+    }
+
+    /// Whether there is a kick, which is answered by that.
+    pub(super) fn take_kick(&self, vcpu: usize) -> bool {
+        self.kicked[vcpu].load(Ordering::SeqCst) && self.kicked[vcpu].swap(false, Ordering::SeqCst)
+    }
+
+    /// Waits for the vCPU's turn. `None`: there was a kick.
+    pub(super) fn take_turn(&self, vcpu: usize) -> Option<MutexGuard<'_, Inner>> {
         let mut inner = self.lock();
         inner.schedule.set_present(vcpu, true);
         loop {
-            if is_kicked() {
+            if self.take_kick(vcpu) {
                 inner.schedule.set_waiting(vcpu, false);
                 return None;
             }
@@ -152,11 +176,17 @@ impl Shared {
         }
     }
 
+    /// The vCPU whose turn it is has executed so many instructions, and keeps its turn.
+    pub(super) fn count(&self, instructions: u64) {
+        if instructions > 0 {
+            self.lock().count(instructions);
+        }
+    }
+
     /// The vCPU whose turn it is has executed so many instructions, and stops for a reason.
     pub(super) fn end_slice(&self, vcpu: usize, instructions: u64, pause: Pause) {
         let mut inner = self.lock();
-        inner.clock.pass(instructions);
-        inner.schedule.spend(instructions);
+        inner.count(instructions);
         match pause {
             Pause::Slice if inner.schedule.left() > 0 => return,
             Pause::Slice | Pause::Yield => {}
@@ -171,18 +201,12 @@ impl Shared {
     }
 
     /// The vCPU's thread goes where it may stay for long. Whoever waits and is not kicked does not wait for it.
-    pub(super) fn leave(&self, vcpu: usize, stays: &dyn Fn(usize) -> bool) {
+    pub(super) fn leave(&self, vcpu: usize) {
         let mut inner = self.lock();
         let Inner { board, schedule, .. } = &mut *inner;
-        schedule.leave(vcpu, &|n, halt| Inner::wakes(board, n, halt), stays);
-        let holder = schedule.holder();
-        drop(inner);
+        let stays = |n: usize| !self.kicked[n].load(Ordering::SeqCst);
+        schedule.leave(vcpu, &|n, halt| Inner::wakes(board, n, halt), &stays);
         // If all the others sleep, one of them has to see to the time.
-        self.wake(holder);
-        self.wake_sleepers();
-    }
-
-    fn wake_sleepers(&self) {
         self.turns.iter().for_each(Condvar::notify_one);
     }
 
@@ -206,10 +230,7 @@ impl Shared {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
-
-    const NEVER: &dyn Fn() -> bool = &|| false;
 
     fn shared(cpus: u32, clock: ClockKind) -> Arc<Shared> {
         let shared = Shared::new(cpus, false, &SoftOptions { quantum: 100, clock, ..SoftOptions::default() });
@@ -239,11 +260,11 @@ mod tests {
                         std::thread::spawn(move || {
                             std::thread::sleep(Duration::from_millis((vcpu as u64 * 2 + delay) % 3));
                             for _ in 0..50 {
-                                let budget = shared.take_turn(vcpu, NEVER).unwrap().budget();
+                                let budget = shared.take_turn(vcpu).unwrap().budget();
                                 order.lock().unwrap().push((vcpu, budget));
                                 shared.end_slice(vcpu, budget, Pause::Slice);
                             }
-                            shared.leave(vcpu, &|_| true);
+                            shared.leave(vcpu);
                         })
                     })
                     .collect();
@@ -260,9 +281,9 @@ mod tests {
         let shared = shared(1, ClockKind::Virtual);
         arm(&shared, 0, 4_000_000_000);
         let before = Instant::now();
-        drop(shared.take_turn(0, NEVER).unwrap());
+        drop(shared.take_turn(0).unwrap());
         shared.end_slice(0, 10, Pause::Halt(Halt { is_maskable: true }));
-        let mut inner = shared.take_turn(0, NEVER).unwrap();
+        let mut inner = shared.take_turn(0).unwrap();
         assert_eq!((inner.clock.now(), inner.board.acknowledge(0)), (4_000_000_000, Some(0x40)));
         assert!(before.elapsed() < Duration::from_secs(2));
     }
@@ -273,7 +294,7 @@ mod tests {
         let before = Instant::now();
         arm(&shared, 0, 30_000_000);
         shared.end_slice(0, 0, Pause::Halt(Halt { is_maskable: true }));
-        assert_eq!(shared.take_turn(0, NEVER).unwrap().board.acknowledge(0), Some(0x40));
+        assert_eq!(shared.take_turn(0).unwrap().board.acknowledge(0), Some(0x40));
         assert!(before.elapsed() >= Duration::from_millis(30));
     }
 
@@ -288,14 +309,12 @@ mod tests {
             for vcpu in 0..2 {
                 shared.end_slice(vcpu, 1, Pause::Halt(Halt { is_maskable }));
             }
-            let kicked = Arc::new(AtomicBool::new(false));
-            let (flag, other) = (kicked.clone(), shared.clone());
+            let other = shared.clone();
             let kicker = std::thread::spawn(move || {
                 std::thread::sleep(Duration::from_millis(20));
-                flag.store(true, Ordering::SeqCst);
-                other.wake(0);
+                other.kick(0);
             });
-            assert!(shared.take_turn(0, &|| kicked.load(Ordering::SeqCst)).is_none());
+            assert!(shared.take_turn(0).is_none());
             kicker.join().unwrap();
         }
     }
@@ -305,34 +324,34 @@ mod tests {
         let shared = shared(2, ClockKind::Virtual);
         arm(&shared, 0, 0);
         shared.end_slice(0, 1, Pause::Halt(Halt { is_maskable: true }));
-        let mut inner = shared.take_turn(1, NEVER).unwrap();
+        let mut inner = shared.take_turn(1).unwrap();
         for (register, value) in [(0x310, 0u32), (0x300, 0x51)] {
             inner.board.write_memory(1, 0xfee0_0000 + register, Default::default(), &value.to_le_bytes());
         }
         drop(inner);
         shared.end_slice(1, 1, Pause::Halt(Halt { is_maskable: true }));
-        assert_eq!(shared.take_turn(0, NEVER).unwrap().board.acknowledge(0), Some(0x51));
+        assert_eq!(shared.take_turn(0).unwrap().board.acknowledge(0), Some(0x51));
     }
 
     #[test]
     fn test_vcpu_whose_thread_is_away_does_not_hold_the_others_up() {
         let shared = shared(2, ClockKind::Virtual);
-        drop(shared.take_turn(0, NEVER).unwrap());
+        drop(shared.take_turn(0).unwrap());
         let other = shared.clone();
-        let waiting = std::thread::spawn(move || drop(other.take_turn(1, NEVER).unwrap()));
+        let waiting = std::thread::spawn(move || drop(other.take_turn(1).unwrap()));
         std::thread::sleep(Duration::from_millis(10));
         assert!(!waiting.is_finished(), "it is vCPU 0's turn while its exit is answered");
-        shared.leave(0, &|_| true);
+        shared.leave(0);
         waiting.join().unwrap();
         shared.resume(&|n| n == 0);
-        drop(shared.take_turn(0, NEVER).unwrap());
+        drop(shared.take_turn(0).unwrap());
     }
 
     #[test]
     fn test_flood_of_timers_leaves_instructions_to_the_guest() {
         let shared = shared(1, ClockKind::Virtual);
         arm(&shared, 0, 1);
-        let budget = shared.take_turn(0, NEVER).unwrap().budget();
+        let budget = shared.take_turn(0).unwrap().budget();
         assert_eq!(budget, SHORTEST_SLICE);
     }
 }

@@ -144,7 +144,7 @@ impl Channel {
 }
 
 fn to_bcd(value: u16) -> u16 {
-    (0..4).fold(0, |bcd, n| bcd | value / 10u16.pow(n) % 10 << (4 * n))
+    (0..4).fold(0, |bcd, n| bcd | (value / 10u16.pow(n) % 10) << (4 * n))
 }
 
 fn from_bcd(bcd: u16) -> u16 {

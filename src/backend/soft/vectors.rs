@@ -32,9 +32,8 @@ impl Vectors {
     /// The highest vector, which has the highest priority.
     #[inline]
     pub fn highest(&self) -> Option<u8> {
-        let word = (0..4usize).rev().find(|word| self.0[*word] != 0)?;
-        let bit = 63 - self.0[word].leading_zeros();
-        u8::try_from(word as u32 * 64 + bit).ok()
+        let (word, bits) = (0..4u32).zip(self.0).rev().find(|(_, bits)| *bits != 0)?;
+        u8::try_from(word * 64 + 63 - bits.leading_zeros()).ok()
     }
 
     /// Bits 32n to 32n+31, as the n-th register shows them.
