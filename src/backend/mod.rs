@@ -301,13 +301,43 @@ pub struct Capabilities {
     pub any_range: bool,
 }
 
-/// Opens the back end of that name: `auto`, `kvm`, `soft`.
-pub fn open(name: &str, memory: &GuestMemory, options: &MachineOptions) -> Result<Arc<dyn Backend>> {
+/// The back end that a VM gets, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// `kvm` or `soft`.
+    pub name: &'static str,
+    /// The reason, in a sentence for people.
+    pub reason: String,
+}
+
+/// Chooses a back end: the one of that name, or for `auto` KVM if ring 0 runs natively on it, else the software CPU.
+pub fn choose(name: &str) -> Result<Choice> {
+    let asked_for = || "it was asked for".to_owned();
     match name {
-        "auto" | "kvm" => Ok(Arc::new(kvm::KvmBackend::new(memory, options)?)),
-        "soft" => Ok(Arc::new(soft::SoftBackend::new(memory, options)?)),
+        "kvm" => Ok(Choice { name: "kvm", reason: asked_for() }),
+        "soft" => Ok(Choice { name: "soft", reason: asked_for() }),
+        "auto" => Ok(match kvm::probe::is_native() {
+            Ok(true) => Choice { name: "kvm", reason: "KVM runs the guest's kernel on the CPU itself".into() },
+            Ok(false) => Choice {
+                name: "soft",
+                reason:
+                    "this KVM emulates the guest's kernel, about 1 million instructions a second; the software CPU \
+                         is faster"
+                        .into(),
+            },
+            Err(error) => Choice { name: "soft", reason: format!("there is no usable KVM: {error}") },
+        }),
         other => Err(crate::error::Error::Config(format!(
             "backend {other:?} is unknown; choose \"auto\", \"kvm\" or \"soft\""
         ))),
+    }
+}
+
+/// Opens the back end of that name: `auto`, `kvm`, `soft`.
+pub fn open(name: &str, memory: &GuestMemory, options: &MachineOptions) -> Result<Arc<dyn Backend>> {
+    let choice = choose(name)?;
+    match choice.name {
+        "kvm" => Ok(Arc::new(kvm::KvmBackend::new(memory, options)?)),
+        _ => Ok(Arc::new(soft::SoftBackend::new(memory, options)?)),
     }
 }

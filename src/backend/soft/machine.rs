@@ -17,8 +17,10 @@ const SHORTEST_SLICE: u64 = 16;
 /// What the user of a machine chooses about it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SoftOptions {
-    /// Which interleaving of the vCPUs, and which random numbers, the guest gets.
+    /// Which interleaving of the vCPUs the guest gets.
     pub seed: u64,
+    /// Which numbers RDRAND gives.
+    pub random: u64,
     /// Instructions of a vCPU's turn, on average; 0 is [`DEFAULT_QUANTUM`](super::schedule::DEFAULT_QUANTUM).
     pub quantum: u64,
     /// What time goes by.

@@ -48,7 +48,7 @@ pub struct SoftBackend {
     shared: Arc<Shared>,
     memory: GuestMemory,
     cpus: u32,
-    seed: u64,
+    random: u64,
 }
 
 impl SoftBackend {
@@ -60,9 +60,9 @@ impl SoftBackend {
                 options.cpus
             )));
         }
-        let SoftOptions { seed, .. } = options.soft;
+        let SoftOptions { random, .. } = options.soft;
         let shared = Arc::new(Shared::new(options.cpus.max(1), options.pit, &options.soft));
-        Ok(Self { shared, memory: memory.clone(), cpus: options.cpus.max(1), seed })
+        Ok(Self { shared, memory: memory.clone(), cpus: options.cpus.max(1), random })
     }
 }
 
@@ -75,7 +75,7 @@ impl Backend for SoftBackend {
         if number >= self.cpus {
             return Err(Error::Config(format!("there is no vCPU {number} in a machine of {}", self.cpus)));
         }
-        Ok(Box::new(vcpu::SoftVcpu::new(number, self.cpus, &self.shared, &self.memory, self.seed)))
+        Ok(Box::new(vcpu::SoftVcpu::new(number, self.cpus, &self.shared, &self.memory, self.random)))
     }
 
     fn coalesced(&self) -> Option<Arc<dyn Coalesced>> {

@@ -33,12 +33,12 @@ pub struct SoftVcpu {
 }
 
 impl SoftVcpu {
-    pub(super) fn new(number: u32, cpus: u32, shared: &Arc<Shared>, memory: &GuestMemory, seed: u64) -> Self {
+    pub(super) fn new(number: u32, cpus: u32, shared: &Arc<Shared>, memory: &GuestMemory, random: u64) -> Self {
         let vcpu = number as usize;
         let mut cpu = Cpu::new(memory);
         let mut state = cpu.snapshot();
         // No two vCPUs draw the same random numbers.
-        state.random ^= seed ^ u64::from(number) << 32;
+        state.random ^= random ^ u64::from(number) << 32;
         cpu.restore(&state);
         let kick = Arc::new(SoftKick::new(vcpu, cpu.interrupt_flag(), shared.clone()));
         shared.join(vcpu);
