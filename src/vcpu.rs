@@ -167,7 +167,9 @@ impl<'a> Seat<'a> {
             Plan::Run | Plan::Hold => self.run_guest()?,
         }
         self.settle_io()?;
-        self.judge().map(drop)
+        self.judge()?;
+        self.context().cpu.park();
+        Ok(())
     }
 
     fn run_guest(&mut self) -> Result<()> {

@@ -16,6 +16,7 @@ __all__ = [
     "Registers",
     "__version__",
     "evaluate_condition",
+    "choose_backend",
     "probe_kvm",
 ]
 
@@ -27,6 +28,12 @@ CONDITION_OPCODES: Final[dict[str, int]]
 """The opcodes of conditions by name."""
 CONDITION_REGISTERS: Final[dict[str, int]]
 """The registers of conditions by name, with the numbers that bytecode uses."""
+
+def choose_backend(name: str) -> tuple[str, str]:
+    """The back end that a VM with ``backend=name`` gets, ``"kvm"`` or ``"soft"``, and why, in words.
+
+    Raises ``ConfigError`` for an unknown name.
+    """
 
 def probe_kvm() -> dict[str, Any]:
     """What KVM on this machine really does, found out with small guests; once in a process.
