@@ -8,6 +8,7 @@ __all__ = [
     "CONDITION_OPCODES",
     "CONDITION_REGISTERS",
     "Breakpoint",
+    "GdbServer",
     "Hit",
     "Image",
     "Machine",
@@ -172,6 +173,24 @@ class Machine:
         """Seconds from the start to now, or to the end."""
 
 @final
+class GdbServer:
+    """A server for gdb. The package's ``GdbServer`` is made of this."""
+
+    def __new__(cls, machine: Machine, address: str, bridge: object, overridden: set[str]) -> GdbServer:
+        """Listens at ``address``. ``bridge`` answers for the policy; it is asked the ``overridden`` methods."""
+    @property
+    def address(self) -> str:
+        """Where it listens: "HOST:PORT", a path, or "-"."""
+    @property
+    def client(self) -> str | None:
+        """The client that is attached."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the guest has ended and no client is attached, or the server is closed. False: time is over."""
+    def take_failure(self) -> BaseException | None:
+        """The oldest exception that the policy has raised and nobody has seen."""
+    def close(self) -> None:
+        """Stops listening and drops the client."""
+
 class Breakpoint:
     """A breakpoint or watchpoint of a machine."""
 
