@@ -202,6 +202,7 @@ impl Seat<'_> {
                 breakpoint: breakpoint.clone(),
                 alive: alive.clone(),
             };
+            self.context().cpu.step_aside();
             let engine = &self.machine.engine;
             let verdict = self.unlocked(|| {
                 engine.outside(hit.vcpu, || {

@@ -27,5 +27,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<memory::PyMemory>()?;
     module.add_function(wrap_pyfunction!(probe::choose_backend, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;
+    module.add_function(wrap_pyfunction!(probe::probe_soft, module)?)?;
     condition::register(module)
 }
