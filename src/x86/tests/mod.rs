@@ -4,8 +4,10 @@
 
 mod behaviour;
 mod compare;
+mod machine;
 mod native;
 mod random;
+mod system;
 
 use super::{Bus, BusError, MAX_LENGTH};
 
