@@ -4,6 +4,7 @@
 
 mod behaviour;
 mod compare;
+mod inventory;
 mod native;
 mod random;
 
