@@ -141,7 +141,7 @@ impl VectorCall {
         let last = instruction.op_count() - 1;
         let has_immediate = instruction.op_kind(last) == OpKind::Immediate8;
         let immediate = if has_immediate { instruction.immediate8() } else { 0 };
-        let is_wide = is_wide(instruction);
+        let is_wide = is_wide(instruction) || matches!(source, Source::Memory { size: 32, .. });
         Some(Self { operation, function, destination, first, third, source, immediate, is_wide, is_vex })
     }
 

@@ -58,6 +58,26 @@ fn vex_bytes(random: &mut Random, map: u8, opcode: u8) -> Vec<u8> {
     bytes
 }
 
+/// A random instruction with a VEX prefix, of three or, where that can say it, two bytes.
+fn avx_bytes(random: &mut Random, map: u8, opcode: u8) -> Vec<u8> {
+    let bits = random.next() as u8;
+    // Half of them name no third register.
+    let low = if random.below(2) == 0 { bits | 0x78 } else { bits };
+    let mut bytes = if map == 1 && random.below(2) == 0 {
+        vec![0xc5, low, opcode]
+    } else {
+        vec![0xc4, random.next() as u8 & 0xe0 | map, low, opcode]
+    };
+    let modrm = random.next() as u8;
+    bytes.push(match random.below(4) {
+        0 | 1 => modrm | 0xc0,
+        2 => modrm & 0x3f,
+        _ => modrm & 0x3f | 0x40,
+    });
+    bytes.extend((0..7).map(|_| random.value() as u8));
+    bytes
+}
+
 /// Instructions that must not run on the host, or whose result is not a function of the state.
 fn is_excluded(instruction: &Instruction) -> bool {
     use Mnemonic as M;
@@ -126,6 +146,10 @@ fn state(random: &mut Random, native: &Native) -> CpuState {
     cpu.registers.rflags = 0x202 | random.next() & 0x8d5;
     cpu.system.cr4 |= CR4_OSXSAVE;
     cpu.fpu = fpu(random);
+    if std::is_x86_feature_detected!("avx") {
+        cpu.xcr0 = 7;
+        cpu.ymm_high = std::array::from_fn(|_| random.vector());
+    }
     cpu
 }
 
@@ -376,4 +400,17 @@ fn test_bmi_random_operands_agree_with_host() {
     counts.extend(compare_all(78, &[0xf0], 40_000, |random, opcode| vex_bytes(random, 3, opcode)));
     let names = "Andn Bextr Blsi Blsr Blsmsk Bzhi Mulx Pdep Pext Rorx Sarx Shlx Shrx";
     assert_compared(&counts, names, 100);
+}
+
+#[test]
+fn test_avx_random_operands_agree_with_host() {
+    if !std::is_x86_feature_detected!("avx2") {
+        return;
+    }
+    for map in 1..=3 {
+        let opcodes: Vec<u8> = (0..=255).collect();
+        let counts =
+            compare_all(0xa5 + u64::from(map), &opcodes, 3000, |random, opcode| avx_bytes(random, map, opcode));
+        assert_compared(&counts, "", 10);
+    }
 }
