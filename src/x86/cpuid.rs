@@ -11,8 +11,6 @@ use crate::registers::CR4_OSXSAVE;
 const XCR0_BASE: u64 = 3;
 /// XCR0: upper halves of the YMM registers.
 const XCR0_AVX: u64 = 4;
-/// Whether AVX, AVX2, FMA and F16C are implemented.
-const HAS_AVX: bool = false;
 /// Highest basic and extended leaves.
 const LAST: u32 = 0x1f;
 const LAST_EXTENDED: u32 = 0x8000_0008;
@@ -35,20 +33,21 @@ const fn bits(numbers: &[u32]) -> u32 {
 
 /// Leaf 1, ECX: SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, RDRAND, hypervisor.
 const LEAF1_ECX: u32 = bits(&[0, 9, 13, 19, 20, 21, 22, 23, 24, 26, 30, 31]);
-/// Leaf 1, ECX: FMA, AVX, F16C.
-const LEAF1_ECX_AVX: u32 = bits(&[12, 28, 29]);
 /// Leaf 1, EDX: FPU, DE, PSE, TSC, MSR, PAE, CX8, APIC, MTRR, PGE, CMOV, PAT, PSE36, CLFLUSH, MMX, FXSR, SSE, SSE2.
 const LEAF1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 12, 13, 15, 16, 17, 19, 23, 24, 25, 26]);
 /// Leaf 7, EBX: FSGSBASE, BMI1, SMEP, BMI2, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB.
 const LEAF7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 10, 18, 19, 20, 23, 24]);
-/// Leaf 7, EBX: AVX2.
-const LEAF7_EBX_AVX: u32 = bits(&[5]);
 /// Leaf 7, ECX: UMIP, RDPID.
 const LEAF7_ECX: u32 = bits(&[2, 22]);
 
+/// Whether AVX and AVX2 are there: the host executes some of their operations.
+fn has_avx() -> bool {
+    has!("avx2")
+}
+
 /// The components that XCR0 may have.
 fn supported_xcr0() -> u64 {
-    if HAS_AVX { XCR0_BASE | XCR0_AVX } else { XCR0_BASE }
+    if has_avx() { XCR0_BASE | XCR0_AVX } else { XCR0_BASE }
 }
 
 /// Whether XSETBV accepts the value.
@@ -66,7 +65,7 @@ pub fn cpuid(leaf: u32, subleaf: u32, state: &State) -> [u32; 4] {
         4 => cache(subleaf),
         // The APIC timer always runs.
         6 => [bits(&[2]), 0, 0, 0],
-        7 if subleaf == 0 => [0, LEAF7_EBX | sha() | if HAS_AVX { LEAF7_EBX_AVX } else { 0 }, LEAF7_ECX, 0],
+        7 if subleaf == 0 => [0, LEAF7_EBX | flag(has!("sha"), 29) | flag(has_avx(), 5), LEAF7_ECX, 0],
         0xb | 0x1f => topology(subleaf),
         0xd => extended_state(subleaf, state),
         0x8000_0000 => [LAST_EXTENDED, 0, 0, 0],
@@ -83,24 +82,17 @@ pub fn cpuid(leaf: u32, subleaf: u32, state: &State) -> [u32; 4] {
 
 fn features(state: &State) -> [u32; 4] {
     let mut ecx = LEAF1_ECX;
-    if HAS_AVX {
-        ecx |= LEAF1_ECX_AVX;
+    if has_avx() {
+        ecx |= bits(&[28]) | flag(has!("fma"), 12) | flag(has!("f16c"), 29);
     }
-    if has!("pclmulqdq") {
-        ecx |= bits(&[1]);
-    }
-    if has!("aes") {
-        ecx |= bits(&[25]);
-    }
-    if state.core.system.cr4 & CR4_OSXSAVE != 0 {
-        ecx |= bits(&[27]);
-    }
+    let has_osxsave = state.core.system.cr4 & CR4_OSXSAVE != 0;
+    ecx |= flag(has!("pclmulqdq"), 1) | flag(has!("aes"), 25) | flag(has_osxsave, 27);
     // CLFLUSH works on 8 units of 8 bytes; one logical processor.
     [SIGNATURE, 8 << 8 | 1 << 16, ecx, LEAF1_EDX]
 }
 
-fn sha() -> u32 {
-    if has!("sha") { bits(&[29]) } else { 0 }
+fn flag(condition: bool, bit: u32) -> u32 {
+    u32::from(condition) << bit
 }
 
 /// Leaf 4: 32 KiB of first-level caches, 1 MiB behind them.
@@ -132,7 +124,7 @@ fn extended_state(subleaf: u32, state: &State) -> [u32; 4] {
         0 => [low(supported_xcr0()), size(state.core.xcr0), size(supported_xcr0()), 0],
         // XSAVEOPT, XSAVEC, XGETBV with index 1.
         1 => [bits(&[0, 1, 2]), size(state.core.xcr0), 0, 0],
-        2 if HAS_AVX => [256, XSAVE_BASE, 0, 0],
+        2 if has_avx() => [256, XSAVE_BASE, 0, 0],
         _ => [0; 4],
     }
 }

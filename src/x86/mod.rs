@@ -3,6 +3,9 @@
 //! lifting it. iced-x86 decodes; integer instructions are written out in Rust; SSE and x87 arithmetic is done by the
 //! host's own CPU, so that rounding, NaNs and exception flags are the hardware's. Only 64-bit mode is known.
 
+mod avx_lane;
+mod avx_masked;
+mod avx_table;
 mod bits;
 mod bus;
 mod control;
@@ -17,7 +20,9 @@ mod fpu_environment;
 pub mod hooks;
 mod integer;
 mod lazy;
+mod masked;
 mod mmu;
+mod mmx;
 mod msr;
 mod operand;
 pub mod platform;
@@ -26,13 +31,18 @@ mod privileged;
 mod segment;
 mod shift;
 mod sse;
-mod sse_move;
 mod sse_table;
+mod sse_text;
 pub mod state;
 mod string;
 mod system;
 #[cfg(test)]
 mod tests;
+mod vector;
+mod vector_asm;
+mod vector_call;
+mod vector_move;
+mod vector_soft;
 mod xsave;
 
 pub use cpu::{Cpu, CpuExit};
@@ -51,6 +61,8 @@ use crate::registers::{
 };
 use crate::registers::{FpuState, Registers, SystemRegisters};
 use operand::Machine;
+pub use vector::{Control, Operation, VectorFn, operation};
+pub use vector_call::{Destination, Source, VectorCall, Wide};
 
 /// The longest instruction that the architecture allows, in bytes.
 pub const MAX_LENGTH: usize = 15;
@@ -335,6 +347,10 @@ fn uses_fpu(feature: CpuidFeature) -> bool {
             | F::XSAVES
             | F::AVX
             | F::AVX2
+            | F::F16C
+            | F::FMA
+            | F::VAES
+            | F::VPCLMULQDQ
     )
 }
 
