@@ -23,7 +23,7 @@ GREETING = b"Hello from a test guest\nand a line by the buffer\n"
 
 
 @pytest.fixture(params=["python -m uhyve", "uhyve"])
-def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path) -> Callable:
+def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path, backend: str) -> Callable:
     """``start(*words)`` starts the command, by both ways to call it, in a folder of its own and without settings."""
     if request.param == "uhyve":
         installed = Path(sys.executable).parent / "uhyve"
