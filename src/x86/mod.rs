@@ -8,6 +8,7 @@ mod avx_masked;
 mod avx_table;
 mod bits;
 mod control;
+mod features;
 mod flags;
 mod fpu;
 mod fpu_environment;
@@ -39,6 +40,7 @@ use crate::registers::{
     CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_RF, Segment, segment_attributes,
 };
 use crate::registers::{FpuState, Registers, SystemRegisters};
+pub use features::{Features, features};
 use operand::Machine;
 pub use vector::{Control, Operation, VectorFn, operation};
 pub use vector_call::{Destination, Source, VectorCall, Wide};

@@ -7,6 +7,7 @@ mod compare;
 mod inventory;
 mod native;
 mod random;
+mod vectors;
 
 use super::{Bus, BusError, MAX_LENGTH};
 
