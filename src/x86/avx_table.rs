@@ -59,7 +59,7 @@ fn find_f16c(mnemonic: Mnemonic) -> Option<Operation> {
         }
         Mnemonic::Vcvtps2ph => {
             let function = float_immediate!(8, "0xc4, 0xe3, 0x79, 0x1d, 0xc8");
-            Some(Operation::float(function).with(Halves::Narrow))
+            Some(Operation::float(function).with(Halves::Narrow).named("vcvtps2ph"))
         }
         _ => None,
     }
@@ -70,7 +70,7 @@ macro_rules! fma_entries {
     ($mnemonic:expr, $($name:ident $text:literal,)+) => {
         match $mnemonic {
             $(Mnemonic::$name => {
-                Some(Operation::float(float_third!(concat!($text, " xmm2, xmm0, xmm1"))).with_third())
+                Some(Operation::float(float_third!(concat!($text, " xmm2, xmm0, xmm1"))).with_third().named($text))
             })+
             _ => None,
         }

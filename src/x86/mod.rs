@@ -15,6 +15,7 @@ pub mod cpu;
 mod cpuid;
 mod debug_registers;
 mod exception;
+mod features;
 mod flags;
 mod fpu;
 mod fpu_environment;
@@ -62,6 +63,7 @@ use crate::registers::{
 };
 use crate::registers::{FpuState, Registers, SystemRegisters};
 pub use accesses::{Accesses, accesses};
+pub use features::{Features, features};
 use operand::Machine;
 pub use vector::{Control, Operation, VectorFn, operation};
 pub use vector_call::{Destination, Source, VectorCall, Wide};

@@ -25,7 +25,7 @@ macro_rules! float_entries {
     ($mnemonic:expr, $($($name:ident)|+ $text:literal,)+) => {
         match $mnemonic {
             $($(Mnemonic::$name)|+ => {
-                Some(Operation::float(float!("movups [{d}], xmm0", concat!($text, " xmm0, xmm1"))))
+                Some(Operation::float(float!("movups [{d}], xmm0", concat!($text, " xmm0, xmm1"))).named($text))
             })+
             _ => None,
         }

@@ -58,6 +58,47 @@ pub enum Halves {
     Both,
 }
 
+/// The floating-point elements that an operation computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Elements {
+    /// Bytes of an element: 2, 4 or 8.
+    pub size: u8,
+    /// How many of them there are in a half, from the lowest on.
+    pub count: u8,
+}
+
+impl Elements {
+    /// What the end of an instruction's name says, for arithmetic whose results may underflow.
+    const fn of(name: &str) -> Option<Self> {
+        let name = name.as_bytes();
+        if name.len() < 4 || matches!([name[0], name[1], name[2]], [b'm', b'i', b'n'] | [b'm', b'a', b'x']) {
+            return None;
+        }
+        match [name[name.len() - 2], name[name.len() - 1]] {
+            [b'p', b's'] => Some(Self { size: 4, count: 4 }),
+            [b'p', b'd'] => Some(Self { size: 8, count: 2 }),
+            [b's', b's'] => Some(Self { size: 4, count: 1 }),
+            [b's', b'd'] => Some(Self { size: 8, count: 1 }),
+            [b'p', b'h'] => Some(Self { size: 2, count: 4 }),
+            _ => None,
+        }
+    }
+
+    /// Whether any of them is a denormal number.
+    pub fn has_denormal(self, half: u128) -> bool {
+        let bits = 8 * u32::from(self.size);
+        let fraction = match self.size {
+            2 => 10,
+            4 => f32::MANTISSA_DIGITS - 1,
+            _ => f64::MANTISSA_DIGITS - 1,
+        };
+        (0..u32::from(self.count)).any(|n| {
+            let magnitude = half >> (bits * n) & (u128::MAX >> (129 - bits));
+            magnitude != 0 && magnitude >> fraction == 0
+        })
+    }
+}
+
 /// A vector operation.
 #[derive(Clone, Copy)]
 pub struct Operation {
@@ -73,6 +114,8 @@ pub struct Operation {
     pub uses_third: bool,
     /// What becomes of 256 bits.
     pub halves: Halves,
+    /// What it computes, if that may underflow.
+    pub elements: Option<Elements>,
 }
 
 impl Operation {
@@ -85,12 +128,18 @@ impl Operation {
             is_float: false,
             uses_third: false,
             halves: Halves::Alike,
+            elements: None,
         }
     }
 
     /// One under MXCSR that answers with a vector.
     pub(super) const fn float(function: VectorFn) -> Self {
         Self { is_float: true, ..Self::plain(function) }
+    }
+
+    /// The same for an instruction whose name, in small letters, says what it computes.
+    pub(super) const fn named(self, name: &str) -> Self {
+        Self { elements: Elements::of(name), ..self }
     }
 
     /// The same with another kind of answer.

@@ -14,6 +14,10 @@ const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const EXCEPTION_FLAGS: u32 = 0x3f;
 /// Those that are found before anything is computed: invalid operation, denormal operand, division by zero.
 const EARLY_EXCEPTIONS: u32 = 7;
+/// MXCSR's flag for underflow.
+const UNDERFLOW: u32 = 1 << 4;
+/// MXCSR: results that underflow become zero.
+const FLUSH_TO_ZERO: u32 = 1 << 15;
 /// MXCSR's exception masks, which lie above the flags.
 const EXCEPTION_MASKS: u32 = EXCEPTION_FLAGS << MASK_SHIFT;
 /// How far above.
@@ -172,6 +176,9 @@ impl VectorCall {
     /// The result for operands that are given.
     pub(super) fn compute(&self, cpu: &mut CpuState, first: Wide, source: Wide) -> Step<Wide> {
         let guest = cpu.fpu.mxcsr & MXCSR_VALID;
+        // Where underflow is not masked, its results are not flushed to zero.
+        let traps_underflow = guest & UNDERFLOW << MASK_SHIFT == 0;
+        let guest = if traps_underflow { guest & !FLUSH_TO_ZERO } else { guest };
         let third = if self.operation.uses_third { register(cpu, self.third) } else { [0; 2] };
         let mut control = Control {
             mxcsr: guest & !EXCEPTION_FLAGS | EXCEPTION_MASKS,
@@ -186,12 +193,22 @@ impl VectorCall {
             control.third = third[1];
             let source = self.upper_source(source, &mut control);
             self.call(&mut result[1], source, &mut control);
-            result = self.joined(result);
         }
         if self.operation.is_float {
-            raise(cpu, control.mxcsr & EXCEPTION_FLAGS)?;
+            let mut raised = control.mxcsr & EXCEPTION_FLAGS;
+            if traps_underflow && self.is_tiny(result) {
+                raised |= UNDERFLOW;
+            }
+            raise(cpu, raised)?;
         }
-        Ok(result)
+        Ok(if self.is_wide { self.joined(result) } else { result })
+    }
+
+    /// Whether a result is tiny, exact or not: masked underflow shows in MXCSR where it is inexact alone.
+    #[cold]
+    fn is_tiny(&self, result: Wide) -> bool {
+        let Some(elements) = self.operation.elements else { return false };
+        elements.has_denormal(result[0]) || self.is_wide && elements.has_denormal(result[1])
     }
 
     fn call(&self, value: &mut u128, source: u128, control: &mut Control) {

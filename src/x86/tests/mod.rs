@@ -9,6 +9,7 @@ mod machine;
 mod native;
 mod random;
 mod system;
+mod vectors;
 
 use super::{Bus, BusError, MAX_LENGTH};
 

@@ -13,11 +13,14 @@ pub(super) const SCRATCH: usize = 4096;
 const STATE: usize = 4096;
 /// Where the scratch area begins.
 const SCRATCH_AT: usize = 8192;
+/// Where the way back is, from the code page: after the longest instruction, and for one that traps.
+const BACK_AT: usize = 64;
 /// Offsets in the state page: registers, flags, the host's stack, the way back, the components that XSAVE saves, and
 /// the XSAVE areas of the guest and (at 2048) the host.
 const RFLAGS_AT: usize = 128;
 const RETURN_AT: usize = 144;
 const COMPONENTS_AT: usize = 160;
+const TRAPPED_AT: usize = 168;
 const GUEST_AT: usize = 256;
 /// Bytes of an XSAVE area with AVX, and where in it the header and the upper halves are.
 const AREA: usize = 832;
@@ -30,6 +33,7 @@ pub(super) struct Native {
 
 impl Native {
     pub fn new() -> Self {
+        install_handler();
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
@@ -64,7 +68,7 @@ impl Native {
         u64::from_le_bytes(self.get(at, 8).try_into().unwrap())
     }
 
-    /// Writes the code: load RDI, the instruction, store RAX, RAX = state page, go back.
+    /// Writes the code: load RDI, the instruction, NOPs, store RAX, RAX = state page, go back.
     fn assemble(&mut self, instruction: &[u8]) {
         let mut code = Vec::new();
         let relative = |code: &mut Vec<u8>, opcode: &[u8], target: usize| {
@@ -74,14 +78,16 @@ impl Native {
         };
         relative(&mut code, &[0x48, 0x8b, 0x3d], STATE + 56);
         code.extend_from_slice(instruction);
+        code.resize(BACK_AT, 0x90);
         relative(&mut code, &[0x48, 0x89, 0x05], STATE);
         relative(&mut code, &[0x48, 0x8d, 0x05], STATE);
         relative(&mut code, &[0xff, 0x25], STATE + RETURN_AT);
         self.put(0, &code);
     }
 
-    /// Executes the instruction and returns the registers afterwards; RIP is left alone.
-    pub fn run(&mut self, before: &CpuState, instruction: &[u8], memory: &mut [u8]) -> CpuState {
+    /// Executes the instruction and returns the registers afterwards, and whether it raised an SSE exception; RIP is
+    /// left alone.
+    pub fn run(&mut self, before: &CpuState, instruction: &[u8], memory: &mut [u8]) -> (CpuState, bool) {
         self.assemble(instruction);
         self.put(SCRATCH_AT, memory);
         for (i, value) in before.registers.general.iter().enumerate() {
@@ -90,6 +96,7 @@ impl Native {
         self.put(STATE + RFLAGS_AT, &before.registers.rflags.to_le_bytes());
         let components = if has_avx() { 7 } else { 3 };
         self.put(STATE + COMPONENTS_AT, &[components, 0, 0, 0]);
+        self.put(STATE + TRAPPED_AT, &[0]);
         self.put(STATE + GUEST_AT, &image(before, components));
         // SAFETY: the instruction is one that ends at its own end, touches the scratch area only, and leaves state that
         // is saved and restored here alone. All registers are restored or declared.
@@ -106,7 +113,34 @@ impl Native {
         if has_avx() {
             after.ymm_high = vectors(area, UPPER_AT);
         }
-        after
+        (after, self.get(STATE + TRAPPED_AT, 1)[0] != 0)
+    }
+}
+
+/// Makes SIGFPE in an instruction of ours go to the way back, with a note that it came.
+fn install_handler() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: an all-zero sigaction is a valid value to fill in, and the handler does what a handler may.
+        let result = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_sigfpe as *const () as usize;
+            // The guest's stack is memory that is compared; every thread of Rust's has another one for signals.
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigaction(libc::SIGFPE, &raw const action, std::ptr::null_mut())
+        };
+        assert_eq!(result, 0);
+    });
+}
+
+extern "C" fn on_sigfpe(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::ucontext_t) {
+    // SAFETY: the kernel passes a valid context. Only instructions of ours raise the signal; they stand in a code page
+    // with a state page after it.
+    unsafe {
+        let rip = &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize];
+        let page = *rip & !0xfff;
+        *((page + (STATE + TRAPPED_AT) as i64) as *mut u8) = 1;
+        *rip = page + BACK_AT as i64;
     }
 }
 
