@@ -16,10 +16,10 @@ use crate::x86::{CpuState, Outcome, decode, step_bytes};
 const XM: Outcome = Outcome::fault(19);
 
 /// Opcode maps by their escape bytes.
-const MAPS: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+pub(super) const MAPS: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
 
 /// A random instruction: prefixes, opcode, a ModRM byte that names registers or scratch memory, and operands after it.
-fn instruction_bytes(random: &mut Random, map: &[u8], opcode: u8) -> Vec<u8> {
+pub(super) fn instruction_bytes(random: &mut Random, map: &[u8], opcode: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     if random.below(4) == 0 {
         bytes.push(0x66);
