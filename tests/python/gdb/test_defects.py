@@ -551,9 +551,7 @@ def test_defect_26_threads_have_small_numbers_that_mean_something(serve: Callabl
     assert stub.thread_names()["p1.3"] == "vCPU 2"
 
 
-def test_defect_26_clients_come_late_again_and_by_a_unix_socket(
-    serve: Callable[..., Served], tmp_path: Path
-) -> None:
+def test_defect_26_clients_come_late_again_and_by_a_unix_socket(serve: Callable[..., Served], tmp_path: Path) -> None:
     path = tmp_path / "gdb"
     served = serve("busy", cpus=2, address=f"unix:{path}")
     served.dbg.cont(wait=False)
