@@ -392,7 +392,9 @@ impl<'a> Session<'a> {
             },
             Outcome::Over | Outcome::Closed => Decision::Report,
         };
-        if outcome == Outcome::Lost && decision != Decision::End {
+        let goes_on = matches!(outcome, Outcome::Lost | Outcome::Detached) && decision != Decision::End;
+        if goes_on {
+            // A client that goes while its guest runs may have left vCPUs that hold.
             self.stop_world();
         }
         machine.catch_hypercalls(None);
