@@ -167,7 +167,9 @@ impl<'a> Seat<'a> {
             Plan::Run | Plan::Hold => self.run_guest()?,
         }
         self.settle_io()?;
-        self.judge().map(drop)
+        self.judge()?;
+        self.context().cpu.park();
+        Ok(())
     }
 
     fn run_guest(&mut self) -> Result<()> {
@@ -272,7 +274,15 @@ impl<'a> Seat<'a> {
                 for byte in text {
                     machine.stats.count_hypercall(self.number, call.kind());
                     let data = byte.into();
-                    flow = self.call(PendingCall { call, port, was_caught: false, data, size: 1, rdi: byte.into(), progress: 0 })?;
+                    flow = self.call(PendingCall {
+                        call,
+                        port,
+                        was_caught: false,
+                        data,
+                        size: 1,
+                        rdi: byte.into(),
+                        progress: 0,
+                    })?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),

@@ -8,13 +8,15 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use self::input::GuestInput;
-use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
+use crate::backend::soft::clock::ClockKind;
+use crate::backend::soft::machine::SoftOptions;
+use crate::backend::{self, Backend, Capabilities, Choice, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
-use crate::debug::catch::Catch;
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
+use crate::debug::catch::Catch;
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
@@ -82,10 +84,49 @@ pub struct Config {
     pub isolation: FileIsolation,
     /// Flags for host files.
     pub io_mode: IoMode,
+    /// What only the software back end can do; asking for any of it asks for that back end.
+    pub soft: SoftConfig,
     /// Begin with a stop, and let the guest's end be one.
     pub debugging: bool,
     /// Wraps vCPU threads.
     pub wrapper: Option<ThreadWrapper>,
+}
+
+/// What a user chooses of the software back end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SoftConfig {
+    /// All that is left to chance follows from it: the interleaving of the vCPUs, random numbers, the load address, the
+    /// time of day. The same seed gives the same execution.
+    pub seed: Option<u64>,
+    /// Instructions of a vCPU's turn, on average.
+    pub quantum: Option<u64>,
+    /// What time goes by; virtual time if not given.
+    pub clock: Option<ClockKind>,
+}
+
+/// The time at which a machine with a seed boots: 1 January 2026, in seconds since 1970.
+const SEEDED_EPOCH: u64 = 1_767_225_600;
+
+impl SoftConfig {
+    /// The back end that is chosen, and its options. `chance` gives random numbers where there is no seed.
+    fn choose(&self, backend: &str, chance: &mut dyn FnMut() -> u64) -> Result<(Choice, SoftOptions)> {
+        let is_asked_for = *self != Self::default();
+        let is_soft = is_asked_for && backend == "auto";
+        let choice = backend::choose(if is_soft { "soft" } else { backend })?;
+        if is_asked_for && choice.name != "soft" {
+            let text = format!("seed, quantum and clock are for backend \"soft\", not for {:?}", choice.name);
+            return Err(Error::Config(text));
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let options = SoftOptions {
+            seed: self.seed.unwrap_or(0),
+            random: self.seed.unwrap_or_else(|| if choice.name == "soft" { chance() } else { 0 }),
+            quantum: self.quantum.unwrap_or(0),
+            clock: self.clock.unwrap_or_default(),
+            epoch: if self.seed.is_some() { SEEDED_EPOCH } else { now.as_secs() },
+        };
+        Ok((choice, options))
+    }
 }
 
 /// A built machine.
@@ -137,14 +178,21 @@ impl Machine {
         let console =
             Serial::new(config.output).map_err(|source| Error::Host { what: "console output".into(), source })?;
         let console = Arc::new(console);
-        let guest = GuestInput::new(&image, config.kernel_args, config.args, config.environment, config.files)?;
+        let mut guest = GuestInput::new(&image, config.kernel_args, config.args, config.environment, config.files)?;
+        let (choice, soft) = config.soft.choose(&config.backend, &mut random)?;
+        log::info!("back end {}: {}", choice.name, choice.reason);
+        let mut chance: Box<dyn FnMut() -> u64> = Box::new(random);
+        if let Some(seed) = config.soft.seed {
+            guest.boot_at(SEEDED_EPOCH);
+            chance = Box::new(seeded(seed));
+        }
         let mut parameters = guest.parameters(cpus);
         let tree = boot::device_tree_size(&parameters)?;
-        let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut random)?;
+        let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut chance)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
         let coalesced_ports = vec![(CONSOLE_PORT, 1), (pci::ADDRESS, 4)];
-        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports };
-        let backend = backend::open(&config.backend, &memory, &options)?;
+        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, soft };
+        let backend = backend::open(choice.name, &memory, &options)?;
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
         enter_image(&boot::load(&image, &layout, &memory, &parameters)?, &mut vcpus)?;
@@ -448,6 +496,16 @@ impl Machine {
 
     /// Resumes by a plan, unless something that was found before and not reported still holds: that is the next stop.
     pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.resume_by(plan, false)
+    }
+
+    /// The same for a client that takes its breakpoints away while it steps one vCPU: what others that hold have found
+    /// waits until they may go on.
+    pub(crate) fn resume_chosen(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.resume_by(plan, true)
+    }
+
+    fn resume_by(&self, plan: impl Fn(u32) -> Plan, keeps_held: bool) -> Result<()> {
         self.check_owner()?;
         if vcpu::is_own_thread(self) {
             return Err(Error::VmState(
@@ -459,14 +517,22 @@ impl Machine {
         let stop = self.engine.check_stopped()?;
         self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
-        let holds = |vcpu| plan(vcpu) == Plan::Hold;
+        let holds = |vcpu| keeps_held && plan(vcpu) == Plan::Hold;
         if self.engine.report_pending(holds, |event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
         self.refresh_watches();
+        self.announce(&|n| plan(n) != Plan::Hold);
         self.engine.resume(plan)?;
         self.pump.wake();
         Ok(())
+    }
+
+    /// Tells the back end which vCPUs are about to run.
+    fn announce(&self, runs: &dyn Fn(u32) -> bool) {
+        if let Some(backend) = self.backend.lock().unwrap_or_else(|e| e.into_inner()).as_ref() {
+            backend.resuming(runs);
+        }
     }
 
     /// Whether an event that waited is still true: its vCPU stands where it stood, and a breakpoint that it is about is
@@ -484,7 +550,8 @@ impl Machine {
             _ => false,
         };
         let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
-        let known = std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
+        let known =
+            std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
         let is_newer = |b: &Arc<Breakpoint>| Some(b.id) > known;
         if let (None, Some(context), true) = (&found, guard.as_mut(), at_pc)
             && self.breakpoints_at(event.pc).is_some_and(|(_, breakpoints)| breakpoints.iter().any(is_newer))
@@ -679,6 +746,7 @@ impl Machine {
         for breakpoint in self.breakpoints() {
             self.delete_breakpoint(&breakpoint)?;
         }
+        self.announce(&|_| true);
         self.engine.detach()?;
         self.pump.wake();
         Ok(())
@@ -773,6 +841,18 @@ fn enter_image(state: &BootState, vcpus: &mut [Box<dyn Vcpu>]) -> Result<()> {
 fn enter(system: &mut SystemRegisters, boot: &SystemRegisters) {
     (system.cs, system.ds, system.es, system.ss) = (boot.cs, boot.ds, boot.es, boot.ss);
     (system.gdt, system.cr0, system.cr3, system.cr4, system.efer) = (boot.gdt, boot.cr0, boot.cr3, boot.cr4, boot.efer);
+}
+
+/// Numbers that a seed gives (xorshift64*).
+fn seeded(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
+    move || {
+        state = if state == 0 { 1 } else { state };
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
 }
 
 /// 64 random bits of the kernel.

@@ -251,9 +251,10 @@ class Debugger:
     def serve_gdb(self, address: str = "127.0.0.1:0", policy: GdbPolicy | None = None) -> GdbServer:
         """Listens for gdb or LLDB, which may attach now, later or never, and go and come back.
 
-        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for standard input
-        and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
-        ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with it.
+        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for standard
+        input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
+        ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with
+        it.
 
         Raises ``ConfigError`` for an address that is none, ``OSError`` if it can't be listened at.
         """

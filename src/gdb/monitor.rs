@@ -63,8 +63,18 @@ const COMMANDS: [Command; 12] = [
         run: |target, text| set_enabled(target, text, false),
     },
     Command { name: "delete", usage: "N", help: "delete breakpoint N", run: delete },
-    Command { name: "breakpoints", usage: "", help: "list the breakpoints of everybody", run: |target, _| Ok(list(target)) },
-    Command { name: "stats", usage: "", help: "count exits and hypercalls of each vCPU", run: |target, _| Ok(stats(target)) },
+    Command {
+        name: "breakpoints",
+        usage: "",
+        help: "list the breakpoints of everybody",
+        run: |target, _| Ok(list(target)),
+    },
+    Command {
+        name: "stats",
+        usage: "",
+        help: "count exits and hypercalls of each vCPU",
+        run: |target, _| Ok(stats(target)),
+    },
     Command { name: "vm", usage: "", help: "tell of the image and the machine", run: |target, _| Ok(describe(target)) },
 ];
 

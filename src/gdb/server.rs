@@ -63,13 +63,14 @@ impl Server {
             }
         };
         // Signals of the process go to threads that can do something about them.
-        let _mask = Mask::block_all()
-            .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
+        let _mask =
+            Mask::block_all().map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
         let thread = std::thread::Builder::new().name("uhyve-gdb".into()).spawn(move || match wrapper {
             Some(wrapper) => wrapper(&mut body),
             None => body(),
         });
-        let thread = thread.map_err(|source| Error::Host { what: "can't start the gdb server's thread".into(), source })?;
+        let thread =
+            thread.map_err(|source| Error::Host { what: "can't start the gdb server's thread".into(), source })?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -91,8 +92,8 @@ impl Server {
         check: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<bool, E> {
         loop {
-            let mask = Mask::block_all()
-                .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
+            let mask =
+                Mask::block_all().map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
             check()?;
             if self.shared.lock().is_over {
                 return Ok(true);
@@ -172,10 +173,8 @@ impl Shared {
 
     /// Sleeps until a client comes or the VM changes. False: the server is to close.
     fn sleep(&self, listener: &Listener, wake: &EventFd) -> bool {
-        let mut fds = vec![
-            PollFd::new(self.closing.as_fd(), PollFlags::POLLIN),
-            PollFd::new(wake.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut fds =
+            vec![PollFd::new(self.closing.as_fd(), PollFlags::POLLIN), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
         fds.extend(listener.descriptor().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}

@@ -124,7 +124,7 @@ impl<'a> Session<'a> {
         if self.ended.is_some() {
             return false;
         }
-        if self.stub.is_running() && self.look_at_engine() {
+        if self.filter.is_running() && self.look_at_engine() {
             return true;
         }
         let event = self.filter.next(&mut View { target: &mut self.target });
@@ -289,11 +289,8 @@ impl<'a> Session<'a> {
 
     /// Sleeps until the client, the engine, another client or the server's owner has something. False: close.
     fn wait(&mut self) -> bool {
-        let mut flags = PollFlags::POLLIN;
-        if self.stub.is_running() {
-            // A hang-up counts as readable, too.
-            flags |= PollFlags::POLLPRI;
-        }
+        // A hang-up counts as readable.
+        let flags = PollFlags::POLLIN;
         let stopping = self.target.machine.engine.is_stopping();
         let timeout = if stopping { PollTimeout::try_from(KICK_AGAIN).ok() } else { None };
         let reads_client = self.unsent.len() < MOST_UNSENT;
@@ -303,10 +300,9 @@ impl<'a> Session<'a> {
             PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.client.reader(), if reads_client { flags } else { PollFlags::empty() }),
         ];
-        let at_writer = (!self.unsent.is_empty()).then(|| {
+        if !self.unsent.is_empty() {
             fds.push(PollFd::new(writer, PollFlags::POLLOUT));
-            fds.len() - 1
-        });
+        }
         let at_listener = self.listener.descriptor().map(|fd| {
             fds.push(PollFd::new(fd, PollFlags::POLLIN));
             fds.len() - 1
@@ -322,7 +318,6 @@ impl<'a> Session<'a> {
         let ready = |index: usize| fds[index].any().unwrap_or(false);
         let (close, woken, readable) = (ready(0), ready(1), ready(2));
         let second = at_listener.is_some_and(ready);
-        let _ = at_writer;
         drop(fds);
         if woken {
             let _ = self.wake.read();

@@ -72,11 +72,6 @@ impl Stub {
         stub.run_state_machine(target).ok()
     }
 
-    /// Whether the client waits for a stop.
-    pub fn is_running(&self) -> bool {
-        matches!(self.machine, Some(Machine::Running(_)))
-    }
-
     /// What is to be sent, once.
     pub fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.output.0.borrow_mut())
@@ -124,7 +119,9 @@ impl Stub {
 
     /// Tells the client that waits for a stop of this one, with the registers that it asks for first.
     pub fn report(&mut self, target: &mut GdbTarget, reason: Reason) {
-        let Some(Machine::Running(running)) = self.machine.take_if(|m| matches!(m, Machine::Running(_))) else { return };
+        let Some(Machine::Running(running)) = self.machine.take_if(|m| matches!(m, Machine::Running(_))) else {
+            return;
+        };
         let tid = match reason {
             Reason::SignalWithThread { tid, .. } | Reason::SwBreak(tid) | Reason::HwBreak(tid) => Some(tid),
             Reason::Watch { tid, .. } => Some(tid),

@@ -151,7 +151,13 @@ impl GdbTarget {
             if !threads.iter().any(|t| t.vcpu == vcpu && t.saved.is_empty()) {
                 let id = (1..).find(|id| !seen.contains(id)).unwrap_or(vcpu + 1);
                 seen.insert(id);
-                threads.push(ThreadInfo { id, name: format!("vCPU {vcpu}"), extra: String::new(), vcpu, saved: vec![] });
+                threads.push(ThreadInfo {
+                    id,
+                    name: format!("vCPU {vcpu}"),
+                    extra: String::new(),
+                    vcpu,
+                    saved: vec![],
+                });
             }
         }
         threads

@@ -14,6 +14,7 @@ use super::hit::Reach;
 use super::image::PyImage;
 use super::memory::PyMemory;
 use super::registers::PyRegisters;
+use crate::backend::soft::clock::ClockKind;
 use crate::debug::breakpoints::{BreakpointOptions, Condition};
 use crate::debug::engine::{End, Plan, Status};
 use crate::debug::stop::{Stop, StopReason};
@@ -23,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
 use crate::isolation::{IoMode, Source};
 use crate::memory::Backing;
-use crate::vm::{Config, Machine, ThreadWrapper};
+use crate::vm::{Config, Machine, SoftConfig, ThreadWrapper};
 
 /// A VM from its start to its end.
 #[pyclass(name = "Machine", frozen, module = "uhyve._core")]
@@ -62,6 +63,9 @@ struct Arguments {
     file_isolation: String,
     io_direct: bool,
     io_sync: bool,
+    seed: Option<u64>,
+    quantum: Option<u64>,
+    clock: Option<String>,
     debugging: bool,
 }
 
@@ -89,6 +93,15 @@ fn output(py: Python<'_>, arguments: &Arguments, callbacks: &Arc<Callbacks>) -> 
     file.map(Output::File).map_err(|source| {
         to_python(py, Error::Host { what: format!("can't create the output file {}", path.display()), source })
     })
+}
+
+fn soft(arguments: &Arguments) -> Result<SoftConfig> {
+    let clock = |word: &String| {
+        ClockKind::from_name(word)
+            .ok_or_else(|| Error::Config(format!("clock {word:?} is unknown; choose \"virtual\" or \"host\"")))
+    };
+    let clock = arguments.clock.as_ref().map(clock).transpose()?;
+    Ok(SoftConfig { seed: arguments.seed, quantum: arguments.quantum, clock })
 }
 
 fn isolation(word: &str) -> Result<FileIsolation> {
@@ -198,6 +211,7 @@ impl PyMachine {
         let callbacks = Arc::new(Callbacks::default());
         let output = output(py, &arguments, &callbacks)?;
         let isolation = isolation(&arguments.file_isolation).map_err(|e| to_python(py, e))?;
+        let soft = soft(&arguments).map_err(|e| to_python(py, e))?;
         let files = arguments.files.into_iter().map(|(guest, source)| {
             (
                 guest,
@@ -225,6 +239,7 @@ impl PyMachine {
             tempdir: arguments.tempdir,
             isolation,
             io_mode: IoMode { direct: arguments.io_direct, sync: arguments.io_sync },
+            soft,
             debugging: arguments.debugging,
             wrapper: Some(thread_wrapper()),
         };

@@ -27,6 +27,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<registers::PyRegisters>()?;
     module.add_class::<memory::PyMemory>()?;
     module.add_class::<gdb::PyGdbServer>()?;
+    module.add_function(wrap_pyfunction!(probe::choose_backend, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;
     condition::register(module)
 }

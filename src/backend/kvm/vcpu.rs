@@ -14,7 +14,9 @@ use kvm_bindings::{
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::{convert, failed, kick};
-use crate::backend::{Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
+use crate::backend::{
+    Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu, signal,
+};
 use crate::error::{Error, Result};
 use crate::registers::{FpuState, Registers, SystemRegisters};
 
@@ -251,7 +253,7 @@ impl Drop for KvmVcpu {
 
 impl Vcpu for KvmVcpu {
     fn bind_to_current_thread(&mut self) -> Result<()> {
-        kick::unblock()?;
+        signal::unblock()?;
         let flag: *const AtomicU8 = self.immediate_exit();
         self.kick.bind(flag)
     }
