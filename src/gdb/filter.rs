@@ -141,6 +141,11 @@ impl Filter {
         }
     }
 
+    /// Whether the guest runs as the client knows it: it was resumed, and no stop was reported since.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
     /// Whether the client asked for extended mode, in which a connection outlives its guest.
     pub fn is_extended(&self) -> bool {
         self.extended

@@ -571,5 +571,5 @@ fn test_fuzzed_sessions_neither_panic_nor_hang_nor_end_the_vm() {
         started.elapsed().as_secs_f64()
     );
     assert_eq!(PANICS.load(Ordering::SeqCst), 0);
-    assert!(replies * 10 > sessions.packets * 6, "{replies} replies to {} packets", sessions.packets);
+    assert!(replies * 10 > sessions.packets * 3, "{replies} replies to {} packets", sessions.packets);
 }

@@ -399,7 +399,7 @@ fn test_packets_wait_while_the_guest_runs() {
         harness.passed.iter().map(|(packet, _)| packet.as_str()).collect::<Vec<_>>(),
         ["vCont;c", "g", "vCont;c"]
     );
-    assert!(harness.filter.running);
+    assert!(harness.filter.is_running());
 }
 
 #[test]
@@ -411,7 +411,7 @@ fn test_interrupt_overtakes_all_that_waits() {
     assert_eq!(reply, "$T02thread:p1.1;#a3$OK#9a");
     harness.send(&[frame(b"c"), frame(b"c"), vec![3]].concat());
     assert_eq!(harness.interrupts, 2);
-    assert!(harness.filter.running, "by the second packet");
+    assert!(harness.filter.is_running(), "by the second packet");
 }
 
 #[test]
@@ -428,7 +428,7 @@ fn test_kill_and_detach_do_not_wait() {
         let mut harness = Harness::without_acks();
         harness.send(&frame(b"c"));
         assert_eq!(harness.passes(packet), packet);
-        assert!(!harness.filter.running);
+        assert!(!harness.filter.is_running());
         assert_eq!(harness.passes("?"), "?", "nothing is known of the guest");
     }
 }
@@ -462,7 +462,7 @@ fn test_last_stop_is_said_again_as_it_was() {
     assert_eq!(harness.ask("?"), "T05thread:p1.1;swbreak:;");
     harness.send(&frame(b"c"));
     harness.stop("W2a");
-    assert!(!harness.filter.running);
+    assert!(!harness.filter.is_running());
     harness.filter.output();
     assert_eq!(harness.ask("?"), "W2a;process:1");
 }
