@@ -18,6 +18,7 @@ __all__ = [
     "evaluate_condition",
     "choose_backend",
     "probe_kvm",
+    "probe_soft",
 ]
 
 _CompiledParts: TypeAlias = tuple[str, bytes, list[int]]
@@ -34,6 +35,9 @@ def choose_backend(name: str) -> tuple[str, str]:
 
     Raises ``ConfigError`` for an unknown name.
     """
+
+def probe_soft() -> dict[str, Any]:
+    """What the software CPU can do, in the form of ``probe_kvm``."""
 
 def probe_kvm() -> dict[str, Any]:
     """What KVM on this machine really does, found out with small guests; once in a process.

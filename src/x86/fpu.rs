@@ -81,7 +81,7 @@ fn check_enabled(m: &Machine) -> Step {
 }
 
 /// Raises #MF if an earlier instruction left an unmasked exception.
-fn check_no_pending(m: &Machine) -> Step {
+pub(super) fn check_no_pending(m: &Machine) -> Step {
     if m.cpu.fpu.fsw & SUMMARY == 0 {
         return Ok(());
     }

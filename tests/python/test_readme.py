@@ -25,7 +25,7 @@ EXPECTED = {
     "on_request": "after 7 requests",
 }
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 
 @pytest.fixture

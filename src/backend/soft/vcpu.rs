@@ -76,7 +76,7 @@ impl SoftVcpu {
     /// HLT, or a CPU that is still asleep.
     fn halted(&mut self, executed: u64) -> Option<Exit> {
         if self.debug.single_step && (executed > 0 || self.debug.block_interrupts) {
-            self.shared.count(executed);
+            self.shared.go_outside(self.vcpu, executed);
             let pc = self.cpu.registers().rip;
             return Some(if executed > 0 {
                 Exit::Debug(DebugEvent { single_step: true, ..quiet(pc) })
@@ -213,6 +213,10 @@ impl Vcpu for SoftVcpu {
         self.shared.leave(self.vcpu);
     }
 
+    fn step_aside(&mut self) {
+        self.shared.step_aside(self.vcpu);
+    }
+
     fn run(&mut self) -> Result<Exit> {
         loop {
             let Some((exit, executed)) = self.slice() else { return Ok(Exit::Interrupted) };
@@ -224,13 +228,13 @@ impl Vcpu for SoftVcpu {
                 }
                 CpuExit::Budget | CpuExit::Platform => self.shared.end_slice(self.vcpu, executed, Pause::Slice),
                 CpuExit::Interrupted => {
-                    self.shared.count(executed);
+                    self.shared.go_outside(self.vcpu, executed);
                     if self.shared.take_kick(self.vcpu) {
                         return Ok(Exit::Interrupted);
                     }
                 }
                 other => {
-                    self.shared.count(executed);
+                    self.shared.go_outside(self.vcpu, executed);
                     return Ok(self.exit(other).expect("all others are for the VMM"));
                 }
             }

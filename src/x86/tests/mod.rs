@@ -4,8 +4,11 @@
 
 mod behaviour;
 mod compare;
+mod inventory;
+mod machine;
 mod native;
 mod random;
+mod system;
 
 use super::{Bus, BusError, MAX_LENGTH};
 

@@ -13,10 +13,16 @@ pub(super) const SCRATCH: usize = 4096;
 const STATE: usize = 4096;
 /// Where the scratch area begins.
 const SCRATCH_AT: usize = 8192;
-/// Offsets in the state page: registers, flags, the host's stack, the way back, and the FXSAVE areas.
+/// Offsets in the state page: registers, flags, the host's stack, the way back, the components that XSAVE saves, and
+/// the XSAVE areas of the guest and (at 2048) the host.
 const RFLAGS_AT: usize = 128;
 const RETURN_AT: usize = 144;
+const COMPONENTS_AT: usize = 160;
 const GUEST_AT: usize = 256;
+/// Bytes of an XSAVE area with AVX, and where in it the header and the upper halves are.
+const AREA: usize = 832;
+const HEADER_AT: usize = 512;
+const UPPER_AT: usize = 576;
 
 pub(super) struct Native {
     page: *mut u8,
@@ -82,7 +88,9 @@ impl Native {
             self.put(STATE + 8 * i, &value.to_le_bytes());
         }
         self.put(STATE + RFLAGS_AT, &before.registers.rflags.to_le_bytes());
-        self.put(STATE + GUEST_AT, &image(&before.fpu));
+        let components = if has_avx() { 7 } else { 3 };
+        self.put(STATE + COMPONENTS_AT, &[components, 0, 0, 0]);
+        self.put(STATE + GUEST_AT, &image(before, components));
         // SAFETY: the instruction is one that ends at its own end, touches the scratch area only, and leaves state that
         // is saved and restored here alone. All registers are restored or declared.
         unsafe { enter(self.page, self.page.add(STATE)) };
@@ -93,7 +101,11 @@ impl Native {
             rip: before.registers.rip,
             rflags: self.word(STATE + RFLAGS_AT),
         };
-        after.fpu = state(self.get(STATE + GUEST_AT, 512));
+        let area = self.get(STATE + GUEST_AT, AREA);
+        after.fpu = state(area);
+        if has_avx() {
+            after.ymm_high = vectors(area, UPPER_AT);
+        }
         after
     }
 }
@@ -105,21 +117,31 @@ impl Drop for Native {
     }
 }
 
-fn image(fpu: &FpuState) -> [u8; 512] {
-    let mut area = [0; 512];
-    put_x87(&mut area, fpu, true);
-    area[24..28].copy_from_slice(&fpu.mxcsr.to_le_bytes());
-    for (i, vector) in fpu.xmm.iter().enumerate() {
-        area[160 + 16 * i..176 + 16 * i].copy_from_slice(&vector.to_le_bytes());
+fn has_avx() -> bool {
+    std::is_x86_feature_detected!("avx")
+}
+
+fn image(cpu: &CpuState, components: u8) -> [u8; AREA] {
+    let mut area = [0; AREA];
+    put_x87(&mut area, &cpu.fpu, true);
+    area[24..28].copy_from_slice(&cpu.fpu.mxcsr.to_le_bytes());
+    area[HEADER_AT] = components;
+    for i in 0..16 {
+        area[160 + 16 * i..176 + 16 * i].copy_from_slice(&cpu.fpu.xmm[i].to_le_bytes());
+        area[UPPER_AT + 16 * i..][..16].copy_from_slice(&cpu.ymm_high[i].to_le_bytes());
     }
     area
+}
+
+fn vectors(area: &[u8], at: usize) -> [u128; 16] {
+    std::array::from_fn(|i| u128::from_le_bytes(area[at + 16 * i..][..16].try_into().unwrap()))
 }
 
 fn state(area: &[u8]) -> FpuState {
     let mut fpu = FpuState::default();
     get_x87(area, &mut fpu, true);
     fpu.mxcsr = u32::from_le_bytes(area[24..28].try_into().unwrap());
-    fpu.xmm = std::array::from_fn(|i| u128::from_le_bytes(area[160 + 16 * i..176 + 16 * i].try_into().unwrap()));
+    fpu.xmm = vectors(area, 160);
     fpu
 }
 
@@ -137,8 +159,10 @@ unsafe fn enter(code: *const u8, state: *mut u8) {
             "mov [rdi + 136], rsp",
             "lea rax, [rip + 2f]",
             "mov [rdi + 144], rax",
-            "fxsave64 [rdi + 1024]",
-            "fxrstor64 [rdi + 256]",
+            "mov eax, [rdi + 160]",
+            "xor edx, edx",
+            "xsave64 [rdi + 2048]",
+            "xrstor64 [rdi + 256]",
             "push qword ptr [rdi + 128]",
             "popfq",
             "mov rax, [rdi]", "mov rcx, [rdi + 8]", "mov rdx, [rdi + 16]", "mov rbx, [rdi + 24]",
@@ -154,8 +178,11 @@ unsafe fn enter(code: *const u8, state: *mut u8) {
             "mov rsp, [rax + 136]",
             "pushfq", "pop qword ptr [rax + 128]",
             "cld",
-            "fxsave64 [rax + 256]",
-            "fxrstor64 [rax + 1024]",
+            "mov rdi, rax",
+            "mov eax, [rdi + 160]",
+            "xor edx, edx",
+            "xsave64 [rdi + 256]",
+            "xrstor64 [rdi + 2048]",
             "popfq", "pop rbp", "pop rbx",
             inout("rdi") state => _, inout("rsi") code => _,
             out("rax") _, out("rcx") _, out("rdx") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
