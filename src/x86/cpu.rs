@@ -6,14 +6,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::core::{Core, Slow, write_exit};
+use super::core::{Slow, write_exit};
+use super::engine::{Engine, Stop};
 use super::hooks::{DebugOptions, Hooks};
 use super::mmu::Watched;
 use super::platform::Platform;
 use super::state::{DeviceAccess, Fault, State};
 use crate::backend::DataAccess;
 use crate::memory::GuestMemory;
-use crate::registers::{FpuState, RFLAGS_IF, RFLAGS_RF, Registers, SystemRegisters};
+use crate::registers::{FpuState, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Registers, SystemRegisters, segment_attributes};
 
 /// Why [`Cpu::run`] returned. RIP and the instruction count are exact at every exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +78,9 @@ pub enum CpuExit {
     Shutdown,
 }
 
+/// The most instructions between two looks at the flag and at interrupts.
+const SLICE: u64 = 8192;
+
 /// What came before an instruction.
 enum Event {
     Nothing,
@@ -87,7 +91,7 @@ enum Event {
 
 /// A CPU: architectural state, and caches that follow from it and from memory.
 pub struct Cpu {
-    core: Box<Core>,
+    engine: Box<Engine>,
     debug: DebugOptions,
     hooks: Option<Box<dyn Hooks>>,
     /// The instruction at RIP executes even if a breakpoint is there.
@@ -103,7 +107,7 @@ impl Cpu {
     /// A CPU on that memory, in the state of [`State::default`].
     pub fn new(memory: &GuestMemory) -> Self {
         Self {
-            core: Box::new(Core::new(memory)),
+            engine: Box::new(Engine::new(memory)),
             debug: DebugOptions::default(),
             hooks: None,
             resume: false,
@@ -116,7 +120,7 @@ impl Cpu {
 
     /// Executes until an exit, at most `budget` instructions. A read that the last exit was about is completed first.
     pub fn run(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
-        let target = self.core.state.instructions.saturating_add(budget);
+        let target = self.engine.core.state.instructions.saturating_add(budget);
         if let Some(exit) = self.finish_read(platform) {
             return exit;
         }
@@ -127,10 +131,12 @@ impl Cpu {
                 Event::Delivered => continue,
                 Event::Exit(exit) => return exit,
             }
-            if self.core.state.instructions >= target {
+            let left = target.saturating_sub(self.engine.core.state.instructions);
+            if left == 0 {
                 return CpuExit::Budget;
             }
-            if let Some(exit) = self.step(platform) {
+            let exit = if self.goes_slowly() { self.step(platform) } else { self.blocks(platform, left) };
+            if let Some(exit) = exit {
                 return exit;
             }
         }
@@ -144,16 +150,16 @@ impl Cpu {
 
     /// Executes the instruction again whose read the VMM has answered.
     fn finish_read(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
-        let access = self.core.state.pending_read.take()?;
+        let access = self.engine.core.state.pending_read.take()?;
         let data = &self.io[..usize::from(access.size.min(8))];
         let answer = DeviceAccess::new(access.address, access.is_port, data);
-        self.core.state.answers.push(answer);
+        self.engine.core.state.answers.push(answer);
         self.execute_one(platform)
     }
 
     /// What the last instruction came to and the VMM has not been told.
     fn left_over(&mut self) -> Option<CpuExit> {
-        if let Some(access) = self.core.state.pending_writes.pop_front() {
+        if let Some(access) = self.engine.core.state.pending_writes.pop_front() {
             self.io = access.data;
             self.io_length = access.bytes().len();
             return Some(write_exit(&access));
@@ -170,17 +176,17 @@ impl Cpu {
             self.interrupt.store(false, Ordering::Relaxed);
             return Event::Exit(CpuExit::Interrupted);
         }
-        if self.core.state.shut_down {
+        if self.engine.core.state.shut_down {
             return Event::Exit(CpuExit::Shutdown);
         }
-        let is_alive = if let Some(fault) = self.core.state.injected.take() {
+        let is_alive = if let Some(fault) = self.engine.core.state.injected.take() {
             let is_trap = matches!(fault.vector, 1 | 3 | 4);
-            let flags = self.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
-            self.core.deliver_exception(fault, flags)
+            let flags = self.engine.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
+            self.engine.core.deliver_exception(fault, flags)
         } else if let Some(vector) = self.interrupt_to_take(platform) {
-            platform.acknowledge_interrupt(vector, self.core.state.instructions);
-            self.core.deliver_interrupt(vector)
-        } else if self.core.state.halted {
+            platform.acknowledge_interrupt(vector, self.engine.core.state.instructions);
+            self.engine.core.deliver_interrupt(vector)
+        } else if self.engine.core.state.halted {
             return Event::Exit(CpuExit::Halted);
         } else {
             return Event::Nothing;
@@ -189,7 +195,7 @@ impl Cpu {
     }
 
     fn interrupt_to_take(&mut self, platform: &mut dyn Platform) -> Option<u8> {
-        let state = &self.core.state;
+        let state = &self.engine.core.state;
         let is_held_off = self.debug.single_step && self.debug.block_interrupts;
         if state.core.registers.rflags & RFLAGS_IF == 0 || state.interrupt_shadow || is_held_off {
             return None;
@@ -197,16 +203,45 @@ impl Cpu {
         platform.pending_interrupt(state.instructions)
     }
 
+    /// Whether each instruction has to be looked at: hooks, traps, a shadow, or a mode that blocks do not know.
+    fn goes_slowly(&self) -> bool {
+        let state = &self.engine.core.state;
+        self.resume
+            || self.hooks.is_some()
+            || state.interrupt_shadow
+            || state.core.registers.rflags & (RFLAGS_TF | RFLAGS_RF) != 0
+            || state.debug[7] & 0xff != 0
+            || state.core.system.cs.attributes & segment_attributes::L == 0
+            || super::checks_alignment(&state.core)
+    }
+
+    /// Blocks of instructions, up to a slice of the budget, and the instruction that needs more than that.
+    fn blocks(&mut self, platform: &mut dyn Platform, left: u64) -> Option<CpuExit> {
+        let budget = if self.debug.single_step { 1 } else { left.min(SLICE) };
+        match self.engine.run(budget) {
+            Stop::Breakpoint => Some(CpuExit::Breakpoint),
+            Stop::Budget => self.stepped(),
+            _ => {
+                let before = self.engine.core.state.debug[7];
+                let exit = self.step(platform);
+                if before != self.engine.core.state.debug[7] {
+                    self.update_watchpoints();
+                }
+                exit
+            }
+        }
+    }
+
     /// One instruction, with all that may be looked out for before it.
     fn step(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
-        let rip = self.core.state.core.registers.rip;
-        if !std::mem::take(&mut self.resume) && self.debug.breakpoints.contains(&rip) {
+        let rip = self.engine.core.state.core.registers.rip;
+        if !std::mem::take(&mut self.resume) && self.engine.has_breakpoint(rip) {
             return Some(CpuExit::Breakpoint);
         }
-        if let Some(reason) = self.core.guest_breakpoint() {
+        if let Some(reason) = self.engine.core.guest_breakpoint() {
             let fault = Fault { vector: 1, error_code: None, address: Some(reason) };
-            let flags = self.core.state.core.registers.rflags | RFLAGS_RF;
-            let is_alive = self.core.deliver_exception(fault, flags);
+            let flags = self.engine.core.state.core.registers.rflags | RFLAGS_RF;
+            let is_alive = self.engine.core.deliver_exception(fault, flags);
             return if is_alive { self.stepped() } else { Some(CpuExit::Shutdown) };
         }
         self.execute_one(platform)
@@ -214,11 +249,11 @@ impl Cpu {
 
     /// One instruction by the slow executor.
     fn execute_one(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
-        self.core.mmu.watched = None;
-        let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.core.slow_step(platform) };
+        self.engine.core.mmu.watched = None;
+        let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.engine.core.slow_step(platform) };
         match slow {
             Slow::Exit(exit) => {
-                if let Some(access) = self.core.state.pending_read {
+                if let Some(access) = self.engine.core.state.pending_read {
                     (self.io, self.io_length) = ([0; 8], access.bytes().len());
                 }
                 return Some(exit);
@@ -226,8 +261,8 @@ impl Cpu {
             Slow::Delivered => return self.stepped(),
             Slow::Retired => {}
         }
-        self.after = self.core.exit.take();
-        if let Some(watched) = self.core.mmu.watched.take() {
+        self.after = self.engine.core.exit.take();
+        if let Some(watched) = self.engine.core.mmu.watched.take() {
             self.note_watched(&watched);
         }
         if self.debug.single_step && !matches!(self.after, Some(CpuExit::Watchpoint { .. })) {
@@ -242,16 +277,16 @@ impl Cpu {
 
     /// An instruction with hooks: they hear of it first, then of its accesses.
     fn traced_step(&mut self, platform: &mut dyn Platform) -> Slow {
-        let decoded = match self.core.decode() {
+        let decoded = match self.engine.core.decode() {
             Ok(decoded) => decoded,
-            Err(fault) => return self.core.raise(fault),
+            Err(fault) => return self.engine.core.raise(fault),
         };
         let hooks = self.hooks.as_mut().expect("the caller has looked");
         let instruction = &decoded.instruction;
         hooks.instruction(instruction.ip(), &decoded.code[..instruction.len()]);
-        self.core.trace = Some(Vec::new());
-        let slow = self.core.slow_execute(&decoded, platform);
-        for Watched { address, length, is_write, .. } in self.core.trace.take().unwrap_or_default() {
+        self.engine.core.trace = Some(Vec::new());
+        let slow = self.engine.core.slow_execute(&decoded, platform);
+        for Watched { address, length, is_write, .. } in self.engine.core.trace.take().unwrap_or_default() {
             hooks.access(DataAccess { address, length, write: is_write });
         }
         slow
@@ -266,8 +301,8 @@ impl Cpu {
                 self.after = Some(CpuExit::Watchpoint { index, access });
             }
             Some(guest) => {
-                let reason = self.core.guest_watch_reason(guest);
-                self.core.debug_trap(reason);
+                let reason = self.engine.core.guest_watch_reason(guest);
+                self.engine.core.debug_trap(reason);
             }
         }
     }
@@ -275,10 +310,10 @@ impl Cpu {
     /// Hands the MMU the debugger's watchpoints and the guest's.
     fn update_watchpoints(&mut self) {
         let mut all = self.debug.watchpoints.clone();
-        all.extend(self.core.guest_watchpoints());
-        if all != self.core.mmu.watchpoints {
-            self.core.mmu.watchpoints = all;
-            self.core.mmu.flush_data();
+        all.extend(self.engine.core.guest_watchpoints());
+        if all != self.engine.core.mmu.watchpoints {
+            self.engine.core.mmu.watchpoints = all;
+            self.engine.core.mmu.flush_data();
         }
     }
 
@@ -295,7 +330,8 @@ impl Cpu {
 
     /// Chooses what to look out for from the next [`Cpu::run`] on.
     pub fn set_debug(&mut self, options: DebugOptions) {
-        self.core.stop_at_int3 = options.stop_at_int3;
+        self.engine.core.stop_at_int3 = options.stop_at_int3;
+        self.engine.set_breakpoints(&options.breakpoints);
         self.debug = options;
         self.update_watchpoints();
     }
@@ -312,102 +348,102 @@ impl Cpu {
 
     /// Sets or removes the hooks.
     pub fn set_hooks(&mut self, hooks: Option<Box<dyn Hooks>>) {
-        self.core.mmu.is_traced = hooks.is_some();
-        self.core.mmu.flush_data();
+        self.engine.core.mmu.is_traced = hooks.is_some();
+        self.engine.core.mmu.flush_data();
         self.hooks = hooks;
     }
 
     /// General registers, RIP, RFLAGS.
     pub fn registers(&self) -> Registers {
-        self.core.state.core.registers
+        self.engine.core.state.core.registers
     }
 
     /// Sets general registers, RIP, RFLAGS. With another RIP, a read that waits for its answer is given up.
     pub fn set_registers(&mut self, registers: &Registers) {
-        if registers.rip != self.core.state.core.registers.rip {
-            self.core.state.pending_read = None;
-            self.core.state.answers = Default::default();
+        if registers.rip != self.engine.core.state.core.registers.rip {
+            self.engine.core.state.pending_read = None;
+            self.engine.core.state.answers = Default::default();
         }
-        self.core.state.core.registers = *registers;
-        self.core.mode_changed();
+        self.engine.core.state.core.registers = *registers;
+        self.engine.core.mode_changed();
     }
 
     /// Segment and control registers.
     pub fn system_registers(&self) -> &SystemRegisters {
-        &self.core.state.core.system
+        &self.engine.core.state.core.system
     }
 
     /// Sets segment and control registers; cached translations are dropped as needed.
     pub fn set_system_registers(&mut self, registers: &SystemRegisters) {
-        self.core.state.core.system = *registers;
-        self.core.mode_changed();
+        self.engine.core.state.core.system = *registers;
+        self.engine.core.mode_changed();
     }
 
     /// x87 and SSE registers.
     pub fn fpu(&self) -> &FpuState {
-        &self.core.state.core.fpu
+        &self.engine.core.state.core.fpu
     }
 
     /// Sets x87 and SSE registers.
     pub fn set_fpu(&mut self, fpu: &FpuState) {
-        self.core.state.core.fpu = *fpu;
+        self.engine.core.state.core.fpu = *fpu;
     }
 
     /// Upper halves of the YMM registers.
     pub fn ymm_high(&self) -> &[u128; 16] {
-        &self.core.state.core.ymm_high
+        &self.engine.core.state.core.ymm_high
     }
 
     /// Sets the upper halves of the YMM registers.
     pub fn set_ymm_high(&mut self, high: &[u128; 16]) {
-        self.core.state.core.ymm_high = *high;
+        self.engine.core.state.core.ymm_high = *high;
     }
 
     /// XCR0.
     pub fn xcr0(&self) -> u64 {
-        self.core.state.core.xcr0
+        self.engine.core.state.core.xcr0
     }
 
     /// Instructions that have retired.
     pub fn instructions(&self) -> u64 {
-        self.core.state.instructions
+        self.engine.core.state.instructions
     }
 
     /// Whether HLT was executed and no interrupt has come since.
     pub fn is_halted(&self) -> bool {
-        self.core.state.halted
+        self.engine.core.state.halted
     }
 
     /// Halts the CPU as HLT does, or wakes it.
     pub fn set_halted(&mut self, halted: bool) {
-        self.core.state.halted = halted;
+        self.engine.core.state.halted = halted;
     }
 
     /// Delivers an exception before the next instruction.
     pub fn inject(&mut self, fault: Fault) {
-        self.core.state.injected = Some(fault);
+        self.engine.core.state.injected = Some(fault);
     }
 
     /// An MSR that the CPU keeps, the ones that system registers hold included; `None` for one of the platform's.
     pub fn msr(&mut self, index: u32) -> Option<u64> {
-        self.core.msr(index)
+        self.engine.core.msr(index)
     }
 
     /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
     pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
-        self.core.set_msr(index, value)
+        self.engine.core.set_msr(index, value)
     }
 
     /// A copy of all architectural state.
     pub fn snapshot(&self) -> State {
-        self.core.state
+        self.engine.core.state
     }
 
     /// Sets all architectural state.
     pub fn restore(&mut self, state: &State) {
-        self.core.state = *state;
-        self.core.mode_changed();
-        self.core.mmu.flush();
+        self.engine.core.state = *state;
+        self.engine.core.mode_changed();
+        self.engine.core.mmu.flush();
         self.update_watchpoints();
         self.after = None;
         if let Some(access) = state.pending_read {

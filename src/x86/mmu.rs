@@ -133,7 +133,7 @@ pub(super) struct Mmu {
     mode: Mode,
     /// Links between blocks and entries of the jump cache are valid if they have this number. It changes whenever a
     /// linear address may lead elsewhere, or code may have changed.
-    pub generation: u32,
+    pub generation: u64,
     /// What to look out for.
     pub watchpoints: Vec<Watchpoint>,
     /// The first watched access of the current instruction.
@@ -184,6 +184,14 @@ impl Mmu {
     /// Drops data translations: a page has got code, or watchpoints have changed.
     pub fn flush_data(&mut self) {
         self.data = [EMPTY; ENTRIES];
+    }
+
+    /// Drops the write tag of a physical page, which has got code.
+    pub fn forbid_writes(&mut self, physical: u64) {
+        let page = physical & PAGE_MASK;
+        for entry in self.data.iter_mut().filter(|entry| entry.physical == page) {
+            entry.write = NONE;
+        }
     }
 
     /// Makes links and the jump cache invalid.
@@ -312,10 +320,12 @@ impl Mmu {
         if !self.is_traced
             && let Some(host) = self.host(physical, PAGE)
         {
-            let watch = |kind| self.watchpoints.iter().any(|w| w.kind != kind && touches(w, page, PAGE));
-            let may_write = found.writable && !self.memory.code_lines().has_code(physical) && !watch(WatchKind::Read);
+            let watched = |silent| self.watchpoints.iter().any(|w| w.kind != silent && touches(w, page, PAGE));
+            let (reads, writes) = (watched(WatchKind::Write), watched(WatchKind::Read));
+            // The write tag stands for a read too, by an instruction that does both.
+            let may_write = found.writable && !self.memory.code_lines().has_code(physical) && !reads && !writes;
             self.data[index(address)] = Entry {
-                read: if watch(WatchKind::Write) { NONE } else { page },
+                read: if reads { NONE } else { page },
                 write: if may_write { page } else { NONE },
                 addend: (host as u64).wrapping_sub(page),
                 physical,
@@ -343,12 +353,22 @@ impl Mmu {
         self.try_miss(address, size as u64, is_write).unwrap_or(std::ptr::null_mut())
     }
 
+    /// Where a run of bytes within one page is in the host, if a fast access may touch all of them.
+    pub fn place(&mut self, address: u64, length: usize, is_write: bool) -> Option<*mut u8> {
+        let entry = &self.data[index(address)];
+        let last = address.wrapping_add(length as u64 - 1);
+        if last & PAGE_MASK == if is_write { entry.write } else { entry.read } {
+            return Some(address.wrapping_add(entry.addend) as *mut u8);
+        }
+        if address & PAGE_MASK == last & PAGE_MASK { self.try_miss(address, length as u64, is_write) } else { None }
+    }
+
     fn try_miss(&mut self, address: u64, size: u64, is_write: bool) -> Option<*mut u8> {
         let last = address.wrapping_add(size - 1);
         if !self.is_canonical(address) || !self.is_canonical(last) || self.is_traced {
             return None;
         }
-        if self.watches(address, size, is_write).is_some() {
+        if self.watches(address, size, false).is_some() || is_write && self.watches(address, size, true).is_some() {
             return None;
         }
         if address & PAGE_MASK == last & PAGE_MASK {

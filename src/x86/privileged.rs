@@ -86,6 +86,32 @@ fn data_segment(register: Register) -> Option<DataSegment> {
     })
 }
 
+/// Whether an instruction may belong here: such a one is never executed by what knows general registers alone.
+pub(super) fn needs_machine(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    let register = |operand: u32| {
+        operand < instruction.op_count()
+            && instruction.op_kind(operand) == OpKind::Register
+            && is_system_register(instruction.op_register(operand))
+    };
+    match instruction.mnemonic() {
+        M::Mov | M::Pop => register(0) || register(1),
+        M::Leave => instruction.code() == Code::Leavew,
+        M::Cli | M::Sti | M::Popfq | M::Popf | M::Hlt | M::Iretq | M::Iretd | M::Iret | M::Syscall | M::Sysretq => true,
+        M::Swapgs | M::Int | M::Int3 | M::Int1 | M::Cpuid | M::In | M::Out | M::Rdmsr | M::Wrmsr | M::Xsetbv => true,
+        M::Enter | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Lgdt | M::Lidt | M::Sgdt | M::Sidt => true,
+        M::Outsd | M::Lldt | M::Ltr | M::Sldt | M::Str | M::Smsw | M::Lmsw | M::Clts | M::Stac | M::Clac => true,
+        M::Invlpg | M::Invpcid | M::Wbinvd | M::Invd | M::Wbnoinvd | M::Rdpmc | M::Clflush | M::Clflushopt => true,
+        M::Clwb | M::Lss | M::Lfs | M::Lgs | M::Lar | M::Lsl | M::Verr | M::Verw | M::Retf | M::Monitor => true,
+        M::Mwait | M::Sysenter | M::Sysexit | M::Sysret | M::Sysexitq => true,
+        _ => false,
+    }
+}
+
+fn is_system_register(register: Register) -> bool {
+    register.is_cr() || register.is_dr() || register.is_segment_register()
+}
+
 impl System<'_> {
     /// Executes the instruction if it belongs here; false if it does not.
     pub fn execute(&mut self) -> Step<bool> {
