@@ -146,8 +146,6 @@ pub(super) struct Shared {
 pub(super) enum Pause {
     /// Something has to be looked at.
     Slice,
-    /// It can't go on before another vCPU has had a turn.
-    Yield,
     /// It sleeps until an interrupt comes.
     Halt(Halt),
 }
@@ -246,7 +244,7 @@ impl Shared {
         inner.visits[vcpu].is_inside = false;
         match pause {
             Pause::Slice if inner.schedule.left() > 0 => return,
-            Pause::Slice | Pause::Yield => {}
+            Pause::Slice => {}
             Pause::Halt(halt) => inner.schedule.set_halt(vcpu, Some(halt)),
         }
         inner.advance();

@@ -323,7 +323,7 @@ def test_user_without_permission_for_kvm_gets_one_line_that_says_what_to_do(
     # The library and the image are read before the change of user, who may not be able to reach them.
     code = (
         "import os, sys, uhyve\n"
-        "vm = uhyve.Vm(sys.argv[1])\n"
+        "vm = uhyve.Vm(sys.argv[1], backend='kvm')\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try:\n    vm.run()\n"
         "except uhyve.HypervisorUnavailableError as error:\n    print(error)\n"
@@ -400,7 +400,9 @@ def test_help_and_version_are_on_standard_output(run: Callable) -> None:
         assert b"Usage: uhyve" in output
 
 
-def test_doctor_tells_what_this_machine_can_do(run: Callable, capabilities: dict[str, Any]) -> None:
+@pytest.mark.kvm
+def test_doctor_tells_what_this_machine_can_do(run: Callable, backend: str) -> None:
+    capabilities = uhyve._core.probe_kvm()
     status, output, errors = run("doctor", "--json")
 
     assert (status, errors) == (0, b"")
