@@ -1,13 +1,18 @@
 //! The debugger: one engine that stops the world, and what decides when. Front ends (Python, later the GDB server) use
 //! it at the same time.
 
+pub mod backtrace;
 pub mod breakpoints;
 mod bus;
 pub mod condition;
+pub mod dwarf;
 pub mod engine;
+mod functions;
+mod lines;
 pub(crate) mod stepping;
 pub mod stop;
 pub mod symbols;
+mod unwind;
 mod values;
 pub mod view;
 pub(crate) mod watching;
