@@ -41,6 +41,10 @@ pub struct Context {
 #[derive(Clone, Copy)]
 pub(crate) struct PendingCall {
     call: Call,
+    /// Its number: the port that it came by.
+    port: u16,
+    /// The world has stopped for it, before its answer.
+    was_caught: bool,
     data: u32,
     size: usize,
     rdi: u64,
@@ -163,7 +167,9 @@ impl<'a> Seat<'a> {
             Plan::Run | Plan::Hold => self.run_guest()?,
         }
         self.settle_io()?;
-        self.judge().map(drop)
+        self.judge()?;
+        self.context().cpu.park();
+        Ok(())
     }
 
     fn run_guest(&mut self) -> Result<()> {
@@ -255,7 +261,7 @@ impl<'a> Seat<'a> {
         };
         self.machine.stats.count_hypercall(self.number, call.kind());
         let rdi = if call.needs_rdi() { self.context().cpu.registers()?.general[RDI] } else { 0 };
-        self.call(PendingCall { call, data: value, size: usize::from(size), rdi, progress: 0 })
+        self.call(PendingCall { call, port, was_caught: false, data: value, size: usize::from(size), rdi, progress: 0 })
     }
 
     /// String output. Bytes for the console are text like any other; no other port takes strings.
@@ -268,7 +274,15 @@ impl<'a> Seat<'a> {
                 for byte in text {
                     machine.stats.count_hypercall(self.number, call.kind());
                     let data = byte.into();
-                    flow = self.call(PendingCall { call, data, size: 1, rdi: byte.into(), progress: 0 })?;
+                    flow = self.call(PendingCall {
+                        call,
+                        port,
+                        was_caught: false,
+                        data,
+                        size: 1,
+                        rdi: byte.into(),
+                        progress: 0,
+                    })?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),
@@ -286,6 +300,12 @@ impl<'a> Seat<'a> {
 
     fn dispatch(&mut self, mut pending: PendingCall) -> Result<Flow> {
         let (machine, number) = (self.machine, self.number);
+        let is_caught = machine.catches(pending.port.into());
+        if is_caught && !pending.was_caught {
+            pending.was_caught = true;
+            self.context().calls.push_front(pending);
+            return self.caught(pending.port, true);
+        }
         let watched = self.snapshot()?;
         let cpu = &mut self.context().cpu;
         let mut mode: Option<Option<PagingMode>> = None;
@@ -311,6 +331,7 @@ impl<'a> Seat<'a> {
             outcome
         };
         match outcome {
+            Outcome::Done if is_caught => self.caught(pending.port, false),
             Outcome::Done => Ok(Flow::Continue),
             Outcome::Exit(code) => self.exit(code),
             Outcome::Interrupted => {
@@ -322,6 +343,13 @@ impl<'a> Seat<'a> {
                 Err(Error::Host { what: "a host call on behalf of the guest failed".into(), source })
             }
         }
+    }
+
+    /// Stops the world for a hypercall, before or after its answer.
+    fn caught(&mut self, port: u16, entry: bool) -> Result<Flow> {
+        self.settle_io()?;
+        let pc = self.context().cpu.registers()?.rip;
+        self.stop(pc, StopReason::Hypercall { number: port.into(), entry })
     }
 
     /// Makes an interrupted hypercall again. Nothing of the guest runs before it is done.

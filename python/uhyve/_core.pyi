@@ -8,6 +8,7 @@ __all__ = [
     "CONDITION_OPCODES",
     "CONDITION_REGISTERS",
     "Breakpoint",
+    "GdbServer",
     "Hit",
     "Image",
     "Machine",
@@ -15,6 +16,7 @@ __all__ = [
     "Registers",
     "__version__",
     "evaluate_condition",
+    "choose_backend",
     "probe_kvm",
 ]
 
@@ -27,6 +29,12 @@ CONDITION_OPCODES: Final[dict[str, int]]
 """The opcodes of conditions by name."""
 CONDITION_REGISTERS: Final[dict[str, int]]
 """The registers of conditions by name, with the numbers that bytecode uses."""
+
+def choose_backend(name: str) -> tuple[str, str]:
+    """The back end that a VM with ``backend=name`` gets, ``"kvm"`` or ``"soft"``, and why, in words.
+
+    Raises ``ConfigError`` for an unknown name.
+    """
 
 def probe_kvm() -> dict[str, Any]:
     """What KVM on this machine really does, found out with small guests; once in a process.
@@ -179,6 +187,24 @@ class Machine:
         """Seconds from the start to now, or to the end."""
 
 @final
+class GdbServer:
+    """A server for gdb. The package's ``GdbServer`` is made of this."""
+
+    def __new__(cls, machine: Machine, address: str, bridge: object, overridden: set[str]) -> GdbServer:
+        """Listens at ``address``. ``bridge`` answers for the policy; it is asked the ``overridden`` methods."""
+    @property
+    def address(self) -> str:
+        """Where it listens: "HOST:PORT", a path, or "-"."""
+    @property
+    def client(self) -> str | None:
+        """The client that is attached."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the guest has ended and no client is attached, or the server is closed. False: time is over."""
+    def take_failure(self) -> BaseException | None:
+        """The oldest exception that the policy has raised and nobody has seen."""
+    def close(self) -> None:
+        """Stops listening and drops the client."""
+
 class Breakpoint:
     """A breakpoint or watchpoint of a machine."""
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from uhyve import _core
     from uhyve._core import Hit, Machine, Memory, Registers
     from uhyve.errors import GuestCrashError
+    from uhyve.gdb_policy import GdbPolicy
+    from uhyve.gdb_server import GdbServer
     from uhyve.vm import Vm, VmResult, VmStats
 
     Callback: TypeAlias = Callable[[Hit], object]
@@ -60,6 +62,7 @@ class Debugger:
         self._reported = 0
         self._result: VmResult | None = None
         self._left: str | None = None
+        self._servers: list[GdbServer] = []
         self._vcpus = tuple(Vcpu(machine, number) for number in range(machine.cpus))
         self._next_stop(None)
 
@@ -132,6 +135,8 @@ class Debugger:
             # What the guest has come to is worth keeping.
             self._settled()
             self._left = "this debugger is closed"
+            for server in self._servers:
+                server.close()
             self._vm._release_machine(self._machine)
 
     def __enter__(self) -> Self:
@@ -244,6 +249,25 @@ class Debugger:
     def breakpoints(self) -> list[Breakpoint]:
         """All breakpoints and watchpoints, by number."""
         return [self._breakpoint_of(core) for core in self._machine.breakpoints()]
+
+    # gdb
+
+    def serve_gdb(self, address: str = "127.0.0.1:0", policy: GdbPolicy | None = None) -> GdbServer:
+        """Listens for gdb or LLDB, which may attach now, later or never, and go and come back.
+
+        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for standard
+        input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
+        ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with
+        it.
+
+        Raises ``ConfigError`` for an address that is none, ``OSError`` if it can't be listened at.
+        """
+        from uhyve.gdb_server import GdbServer
+
+        self._check()
+        server = GdbServer(self, address, policy)
+        self._servers.append(server)
+        return server
 
     # What there is to see
 
@@ -390,7 +414,9 @@ class Debugger:
         return self.stop
 
     def _raise_unreported(self) -> None:
-        """Raises what a callback raised, once, and what has ended the machine meanwhile."""
+        """Raises what a callback or a policy raised, once, and what has ended the machine meanwhile."""
+        for server in self._servers:
+            server._raise_failure()
         status = self._machine.status()
         stop = None if status is None else self._stop_of(status)
         if stop is not None and stop.number > self._reported:
@@ -444,6 +470,21 @@ class Debugger:
             if self._stop.code is not None:
                 self._result = result_of(self._machine, self._stop.code)
         return self._stop
+
+    def _restart(self, arguments: list[str] | None) -> Machine:
+        """A fresh machine in the place of this one, stopped at its entry, with the same breakpoints."""
+        self._check()
+        kept = [known for known in self._breakpoints.values() if not known.deleted and known.name != "gdb"]
+        wishes = [(known, known.condition) for known in kept]
+        self._machine = machine = self._vm._relaunch(self._machine, arguments)
+        self._stop, self._result, self._reported = None, None, 0
+        self._vcpus = tuple(Vcpu(machine, number) for number in range(machine.cpus))
+        machine.wait()
+        self._breakpoints = {}
+        for known, condition in wishes:
+            known._move(machine, condition)
+            self._breakpoints[known.id] = known
+        return machine
 
     def _breakpoint_of(self, core: _core.Breakpoint) -> Breakpoint:
         known = self._breakpoints.get(core.id)
@@ -560,6 +601,25 @@ class Breakpoint:
     def delete(self) -> None:
         """Deletes it; the guest's code is as it was. Doing so twice is the same as once."""
         self._core.delete()
+
+    def _move(self, machine: Machine, condition: Condition) -> None:
+        """Sets it again in a fresh machine."""
+        compiled, predicate = _condition_parts(machine, condition)
+        is_address = self.location == f"{self.address:#x}"
+        core = self._core
+        self._core = machine.add_breakpoint(
+            self.address if is_address else machine.resolve(self.location),
+            location=self.location,
+            compiled=compiled,
+            predicate=predicate,
+            ignore=core.ignore,
+            temporary=core.temporary,
+            vcpu=core.vcpu,
+            enabled=core.enabled,
+            name=core.name,
+            hardware=core.kind == "debug register",
+        )
+        self._machine = machine
 
     def __call__(self, condition: Callback) -> Self:
         """Makes a callable the condition: ``@dbg.breakpoint("main")``."""

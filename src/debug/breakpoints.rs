@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
-use super::condition::Program;
+use super::agent::AgentProgram;
+use super::condition::{Context, EvaluateError, Program};
 use super::watchpoints::{self, Touch, Watch, WatchKind};
 use crate::backend::{Capabilities, GuestDebug, HardwareBreakpoint, Int3};
 use crate::error::{Error, Result};
@@ -41,13 +42,37 @@ pub struct Hit {
     pub alive: Arc<AtomicBool>,
 }
 
-/// When a breakpoint that is met stops the world; both parts must agree.
+/// When a breakpoint that is met stops the world; all parts must agree.
 #[derive(Clone, Default)]
 pub struct Condition {
     /// The source and the program of a compiled condition.
     pub compiled: Option<(String, Arc<Program>)>,
+    /// gdb's conditions of all its breakpoints at this place: one that holds is enough.
+    pub agent: Vec<Arc<AgentProgram>>,
     /// A callback.
     pub predicate: Option<Arc<dyn Predicate>>,
+}
+
+impl Condition {
+    /// What the programs say; the callback is not asked. A program that fails does so for all: the world is to stop.
+    pub fn evaluate<C: Context + ?Sized>(&self, context: &mut C) -> Result<bool, EvaluateError> {
+        if let Some((_, program)) = &self.compiled
+            && !program.evaluate(context)?
+        {
+            return Ok(false);
+        }
+        for program in &self.agent {
+            if program.evaluate(context)? {
+                return Ok(true);
+            }
+        }
+        Ok(self.agent.is_empty())
+    }
+
+    /// Whether a program takes part in the decision.
+    pub fn has_program(&self) -> bool {
+        self.compiled.is_some() || !self.agent.is_empty()
+    }
 }
 
 /// How a breakpoint is asked for.

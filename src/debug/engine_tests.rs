@@ -228,7 +228,7 @@ fn test_stop_and_resume_give_one_stop_an_event_with_rising_numbers() {
             world.find(vcpu, number);
             let stop = world.stop();
             assert_eq!((stop.vcpu, stop.pc, stop.number), (vcpu, number, number));
-            assert!(world.engine.report_pending(|_| true).unwrap().is_none());
+            assert!(world.engine.report_pending(|_| false, |_| true).unwrap().is_none());
             world.engine.resume(|_| Plan::Run).unwrap();
         }
         assert!(world.runs());
@@ -252,15 +252,18 @@ fn test_simultaneous_events_are_reported_one_by_one_unless_the_check_drops_them(
         let first = world.stop();
         assert_eq!(first.pc, 0x200);
         let mut seen = Vec::new();
-        let next = world.engine.report_pending(|event| {
-            seen.push(event.pc);
-            event.pc != 0x201
-        });
+        let next = world.engine.report_pending(
+            |_| false,
+            |event| {
+                seen.push(event.pc);
+                event.pc != 0x201
+            },
+        );
         let next = next.unwrap().unwrap();
         assert_eq!((next.pc, next.vcpu, next.number, seen), (0x202, 2, first.number + 1, vec![0x201, 0x202]));
         assert_eq!(world.stop().pc, 0x202);
-        assert_eq!(world.engine.report_pending(|_| true).unwrap().unwrap().pc, 0x203);
-        assert!(world.engine.report_pending(|_| true).unwrap().is_none());
+        assert_eq!(world.engine.report_pending(|_| false, |_| true).unwrap().unwrap().pc, 0x203);
+        assert!(world.engine.report_pending(|_| false, |_| true).unwrap().is_none());
         world.close();
     });
 }
@@ -278,7 +281,7 @@ fn test_interrupt_stops_all_and_an_event_that_comes_first_takes_its_place() {
         world.engine.stop(found(0, 0x42));
         drop(go);
         assert_eq!(world.stop().pc, 0x42);
-        assert!(world.engine.report_pending(|_| true).unwrap().is_none());
+        assert!(world.engine.report_pending(|_| false, |_| true).unwrap().is_none());
         world.engine.resume(|_| Plan::Run).unwrap();
         assert!(world.runs(), "the interrupt was not kept for later");
         world.close();
@@ -318,7 +321,7 @@ fn test_step_plan_for_all_moves_each_once_before_the_one_stop() {
                 let plans = world.plans[n].lock().unwrap();
                 assert_eq!((plans.len(), plans.last()), (round, Some(&Plan::Step)), "vCPU {n}");
             }
-            assert!(world.engine.report_pending(|_| false).unwrap().is_none());
+            assert!(world.engine.report_pending(|_| false, |_| false).unwrap().is_none());
         }
         world.close();
     });
@@ -491,10 +494,13 @@ fn test_end_during_the_check_of_an_event_stays_the_end() {
         world.engine.stop(found(1, 2));
         drop(go);
         world.stop();
-        let result = world.engine.report_pending(|_| {
-            world.engine.end(End::Killed);
-            true
-        });
+        let result = world.engine.report_pending(
+            |_| false,
+            |_| {
+                world.engine.end(End::Killed);
+                true
+            },
+        );
         assert!(result.is_err());
         assert!(matches!(world.engine.status(), Status::Ended(_)));
         world.close();
@@ -695,13 +701,16 @@ impl Stress {
                 self.section(Owner::FrontEnd, &mut random);
                 self.all_stand_still();
             }
-            let next = self.engine.report_pending(|event| {
-                let holds = random.one_in(2);
-                if !holds {
-                    *seen.entry(event.pc).or_insert(0) += 1;
-                }
-                holds
-            });
+            let next = self.engine.report_pending(
+                |_| false,
+                |event| {
+                    let holds = random.one_in(2);
+                    if !holds {
+                        *seen.entry(event.pc).or_insert(0) += 1;
+                    }
+                    holds
+                },
+            );
             if next.unwrap().is_some() {
                 continue;
             }

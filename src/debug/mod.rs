@@ -1,9 +1,11 @@
 //! The debugger: one engine that stops the world, and what decides when. Front ends (Python, later the GDB server) use
 //! it at the same time.
 
+pub mod agent;
 pub mod backtrace;
 pub mod breakpoints;
 mod bus;
+pub mod catch;
 pub mod condition;
 pub mod dwarf;
 pub mod engine;

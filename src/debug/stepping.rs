@@ -197,10 +197,10 @@ impl Seat<'_> {
         }
         let condition = breakpoint.condition();
         let mut failure = None;
-        if let Some((_, program)) = &condition.compiled {
+        if condition.has_program() {
             let (machine, number) = (self.machine, self.number);
             let mut values = Values::new(self.context().cpu.as_mut(), machine.view(), number, breakpoint);
-            match program.evaluate(&mut values) {
+            match condition.evaluate(&mut values) {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),
                 Err(error) => failure = Some(error.to_string()),

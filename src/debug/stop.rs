@@ -29,6 +29,13 @@ pub enum StopReason {
         /// Why its condition has no value, if that is why it stopped.
         error: Option<String>,
     },
+    /// A hypercall that is to be caught: it is about to be answered, or was.
+    Hypercall {
+        /// Its port or address.
+        number: u64,
+        /// Before the answer.
+        entry: bool,
+    },
     /// A step is done.
     Step,
     /// Somebody asked for it.
@@ -58,6 +65,7 @@ impl StopReason {
             Self::Entry => "entry",
             Self::Breakpoint { .. } => "breakpoint",
             Self::Watchpoint { .. } => "watchpoint",
+            Self::Hypercall { .. } => "hypercall",
             Self::Step => "step",
             Self::Interrupt => "interrupt",
             Self::Timeout => "timeout",

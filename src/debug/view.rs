@@ -52,6 +52,20 @@ impl<'a> View<'a> {
         bytes
     }
 
+    /// Fills as much of `buffer` as is mapped from guest-virtual `address` on; returns how many bytes.
+    pub fn read_prefix(&self, mode: &PagingMode, address: u64, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        for (_, range, physical) in self.pieces(mode, address, buffer.len()) {
+            let end = range.end;
+            let Some(physical) = physical else { break };
+            if self.read_physical(physical, &mut buffer[range]).is_err() {
+                break;
+            }
+            done = end;
+        }
+        done
+    }
+
     /// Writes `data` to guest-virtual `address`, whatever the page's write permission. Nothing is written unless all of it can be.
     pub fn write(&self, mode: &PagingMode, address: u64, data: &[u8]) -> Result<(), GuestFault> {
         let pieces: Vec<_> = self.pieces(mode, address, data.len()).collect();

@@ -70,6 +70,11 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Keeps another callable in the same table.
+    pub fn sibling(&self, callable: Py<PyAny>) -> Arc<Kept> {
+        self.callbacks.keep(callable)
+    }
+
     /// The callable; `None` when the VM is closed.
     pub fn get(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.callbacks.lock().callables.get(&self.key).map(|c| c.clone_ref(py))

@@ -14,6 +14,7 @@ use super::hit::Reach;
 use super::image::PyImage;
 use super::memory::PyMemory;
 use super::registers::PyRegisters;
+use crate::backend::soft::clock::ClockKind;
 use crate::debug::backtrace::{self, Frame};
 use crate::debug::breakpoints::{BreakpointOptions, Condition};
 use crate::debug::engine::{End, Plan, Status};
@@ -24,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
 use crate::isolation::{IoMode, Source};
 use crate::memory::Backing;
-use crate::vm::{Config, Machine};
+use crate::vm::{Config, Machine, SoftConfig, ThreadWrapper};
 
 /// A VM from its start to its end.
 #[pyclass(name = "Machine", frozen, module = "uhyve._core")]
@@ -63,6 +64,9 @@ struct Arguments {
     file_isolation: String,
     io_direct: bool,
     io_sync: bool,
+    seed: Option<u64>,
+    quantum: Option<u64>,
+    clock: Option<String>,
     debugging: bool,
 }
 
@@ -92,6 +96,15 @@ fn output(py: Python<'_>, arguments: &Arguments, callbacks: &Arc<Callbacks>) -> 
     })
 }
 
+fn soft(arguments: &Arguments) -> Result<SoftConfig> {
+    let clock = |word: &String| {
+        ClockKind::from_name(word)
+            .ok_or_else(|| Error::Config(format!("clock {word:?} is unknown; choose \"virtual\" or \"host\"")))
+    };
+    let clock = arguments.clock.as_ref().map(clock).transpose()?;
+    Ok(SoftConfig { seed: arguments.seed, quantum: arguments.quantum, clock })
+}
+
 fn isolation(word: &str) -> Result<FileIsolation> {
     match word {
         "none" => Ok(FileIsolation::None),
@@ -104,8 +117,13 @@ fn isolation(word: &str) -> Result<FileIsolation> {
 }
 
 impl PyMachine {
+    /// The callables that its VM holds.
+    pub(super) fn callbacks(&self) -> &Arc<Callbacks> {
+        &self.callbacks
+    }
+
     /// A fork has copied this object, but not the VM's threads.
-    fn machine(&self) -> PyResult<&Arc<Machine>> {
+    pub(super) fn machine(&self) -> PyResult<&Arc<Machine>> {
         match self.machine.check_owner() {
             Ok(()) => Ok(&self.machine),
             Err(error) => Python::attach(|py| Err(to_python(py, error))),
@@ -194,6 +212,7 @@ impl PyMachine {
         let callbacks = Arc::new(Callbacks::default());
         let output = output(py, &arguments, &callbacks)?;
         let isolation = isolation(&arguments.file_isolation).map_err(|e| to_python(py, e))?;
+        let soft = soft(&arguments).map_err(|e| to_python(py, e))?;
         let files = arguments.files.into_iter().map(|(guest, source)| {
             (
                 guest,
@@ -221,12 +240,9 @@ impl PyMachine {
             tempdir: arguments.tempdir,
             isolation,
             io_mode: IoMode { direct: arguments.io_direct, sync: arguments.io_sync },
+            soft,
             debugging: arguments.debugging,
-            // One Python thread state for the life of the thread: attaching for a callback then costs 0.3 µs instead of 13.
-            wrapper: Some(Arc::new(|body: &mut dyn FnMut()| {
-                let body = std::panic::AssertUnwindSafe(SendPtr(body));
-                Python::attach(|py| py.detach(move || body.0.call()));
-            })),
+            wrapper: Some(thread_wrapper()),
         };
         let machine = detached(py, || Machine::start(config))?;
         Ok(Self { machine, callbacks })
@@ -264,6 +280,12 @@ impl PyMachine {
         let machine = self.machine()?;
         if step.is_some_and(|n| n >= machine.cpus()) {
             let text = format!("there is no vCPU {}; this VM has {}", step.unwrap_or(0), machine.cpus());
+            return Err(to_python(py, Error::VmState(text)));
+        }
+        if let Some(client) = machine.controller() {
+            let text = format!(
+                "a gdb client ({client}) controls the guest: let it go on there, or detach it; interrupt() and wait() work here"
+            );
             return Err(to_python(py, Error::VmState(text)));
         }
         detached(py, || {
@@ -502,7 +524,7 @@ impl PyMachine {
     ) -> PyResult<Condition> {
         let compiled = compiled.map(program).transpose().map_err(|e| to_python(py, e))?;
         let predicate = predicate.map(|callable| Arc::new(PyPredicate::new(self.callbacks.keep(callable))) as Arc<_>);
-        Ok(Condition { compiled, predicate })
+        Ok(Condition { compiled, predicate, ..Default::default() })
     }
 }
 
@@ -518,7 +540,7 @@ impl Drop for PyMachine {
 }
 
 /// How a wait ends early: by a Python exception of a signal handler, or by our own error.
-enum Interrupted {
+pub(super) enum Interrupted {
     Raised(PyErr),
     Failed(Error),
 }
@@ -529,7 +551,7 @@ impl From<Error> for Interrupted {
     }
 }
 
-fn deadline(seconds: f64) -> Result<Instant> {
+pub(super) fn deadline(seconds: f64) -> Result<Instant> {
     let duration = Duration::try_from_secs_f64(seconds).map_err(|_| {
         Error::Config(format!("timeout {seconds} is not a number of seconds (0 or more, or None for no limit)"))
     })?;
@@ -538,7 +560,15 @@ fn deadline(seconds: f64) -> Result<Instant> {
         .ok_or_else(|| Error::Config(format!("timeout {seconds} s is too far away; use None for no limit")))
 }
 
-/// The body of a vCPU's thread, carried through `Python::detach`, which runs it on the same thread.
+/// Gives a thread one Python thread state for its life: attaching for a callback then costs 0.3 µs instead of 13.
+pub(super) fn thread_wrapper() -> ThreadWrapper {
+    Arc::new(|body: &mut dyn FnMut()| {
+        let body = std::panic::AssertUnwindSafe(SendPtr(body));
+        Python::attach(|py| py.detach(move || body.0.call()));
+    })
+}
+
+/// The body of a thread, carried through `Python::detach`, which runs it on the same thread.
 struct SendPtr<'a>(&'a mut dyn FnMut());
 
 // SAFETY: `detach` calls its closure on the calling thread, before it returns; nothing is sent anywhere.

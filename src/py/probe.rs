@@ -1,11 +1,17 @@
-//! What KVM on this machine can do, as a dictionary for `uhyve doctor`.
+//! What KVM on this machine can do, and which back end is chosen for it, for `uhyve doctor`.
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::errors::detached;
-use crate::backend::Int3;
-use crate::backend::kvm;
+use crate::backend::{self, Int3, kvm};
+
+/// The back end that a VM with `backend=name` gets, and why. Raises ConfigError for an unknown name.
+#[pyfunction]
+pub fn choose_backend(py: Python<'_>, name: &str) -> PyResult<(&'static str, String)> {
+    let choice = detached(py, || backend::choose(name))?;
+    Ok((choice.name, choice.reason))
+}
 
 /// Probes KVM with small guests. Raises HypervisorUnavailableError, with advice, where there is none.
 #[pyfunction]

@@ -6,20 +6,31 @@
 mod accesses;
 mod bits;
 mod control;
+pub mod cpu;
+mod cpuid;
 mod flags;
 mod fpu;
 mod fpu_environment;
+pub mod hooks;
 mod integer;
 mod operand;
+pub mod platform;
 mod shift;
 mod sse;
 mod sse_move;
 mod sse_table;
+pub mod state;
 mod string;
 mod system;
 #[cfg(test)]
 mod tests;
 mod xsave;
+
+pub use cpu::{Cpu, CpuExit};
+pub use cpuid::cpuid;
+pub use hooks::{DebugOptions, Hooks, WatchKind, Watchpoint};
+pub use platform::{MsrReply, Platform, Reply};
+pub use state::{Fault, Msrs, State};
 
 use iced_x86::{
     CpuidFeature, Decoder, DecoderError, DecoderOptions, Formatter as _, Instruction, IntelFormatter, Mnemonic,

@@ -14,7 +14,9 @@ use kvm_bindings::{
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::{convert, failed, kick};
-use crate::backend::{Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
+use crate::backend::{
+    Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu, signal,
+};
 use crate::error::{Error, Result};
 use crate::registers::{FpuState, Registers, SystemRegisters};
 
@@ -251,7 +253,7 @@ impl Drop for KvmVcpu {
 
 impl Vcpu for KvmVcpu {
     fn bind_to_current_thread(&mut self) -> Result<()> {
-        kick::unblock()?;
+        signal::unblock()?;
         let flag: *const AtomicU8 = self.immediate_exit();
         self.kick.bind(flag)
     }
@@ -415,6 +417,11 @@ impl Vcpu for KvmVcpu {
         events.exception.has_error_code = u8::from(exception.error_code.is_some());
         events.exception.error_code = exception.error_code.unwrap_or(0);
         self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn is_halted(&mut self) -> Result<bool> {
+        let state = self.fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        Ok(state.mp_state == kvm_bindings::KVM_MP_STATE_HALTED)
     }
 
     fn halt(&mut self) -> Result<()> {
