@@ -15,7 +15,9 @@ use crate::backend::soft::clock::ClockKind;
 use crate::backend::soft::machine::SoftOptions;
 use crate::backend::{self, Backend, Capabilities, Choice, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
+use crate::debug::backtrace::{self, Frame};
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
+use crate::debug::dwarf::{DebugInfo, SourceLine};
 use crate::debug::catch::Catch;
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
@@ -160,6 +162,7 @@ pub struct Machine {
     backend_name: &'static str,
     owner: u32,
     symbols: OnceLock<SymbolTable>,
+    debug_info: OnceLock<DebugInfo>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     affinity: Vec<usize>,
     isolation: FileIsolation,
@@ -219,6 +222,7 @@ impl Machine {
             backend: Mutex::new(Some(backend)),
             owner: std::process::id(),
             symbols: OnceLock::new(),
+            debug_info: OnceLock::new(),
             threads: Mutex::new(Vec::new()),
             affinity,
             isolation,
@@ -349,6 +353,42 @@ impl Machine {
     /// The symbols of the image at their addresses in this VM.
     pub fn symbols(&self) -> &SymbolTable {
         self.symbols.get_or_init(|| SymbolTable::from_elf(self.image.kernel(), self.layout.load_bias()))
+    }
+
+    /// The debug information of the image. Its addresses are the image's, without the load bias.
+    pub fn debug_info(&self) -> &DebugInfo {
+        self.debug_info.get_or_init(|| DebugInfo::new(self.image.kernel()))
+    }
+
+    /// The source line of an address.
+    pub fn source_line(&self, address: u64) -> Option<SourceLine> {
+        self.debug_info().line(address.wrapping_sub(self.layout.load_bias()))
+    }
+
+    /// The addresses of a place: `file.c:123`, or what [`SymbolTable::resolve`] takes, which has one.
+    pub fn resolve(&self, place: &str) -> Result<Vec<u64>> {
+        let Some((file, line)) = source_place(place) else { return Ok(vec![self.symbols().resolve(place)?]) };
+        let (found, addresses) = self.debug_info().addresses(file, line);
+        if addresses.is_empty() {
+            let text = if self.debug_info().is_empty() {
+                format!("no code for {place}: the image has no debug information (build it with -g)")
+            } else {
+                format!("no code for {place}: the debug information knows no such file, or no line from there on")
+            };
+            return Err(Error::Breakpoint(text));
+        }
+        if found != line {
+            log::info!("{place} has no code; the next line that has is {found}");
+        }
+        Ok(addresses.into_iter().map(|address| address.wrapping_add(self.layout.load_bias())).collect())
+    }
+
+    /// The frames of a stopped vCPU, the innermost first, at most `limit`.
+    pub fn backtrace(&self, vcpu: u32, limit: usize) -> Result<Vec<Frame>> {
+        self.with_vcpu(vcpu, |context| {
+            let mode = PagingMode::from(&context.cpu.system_registers()?);
+            Ok(backtrace::backtrace(self, &mode, &context.cpu.registers()?, limit))
+        })
     }
 
     /// `name+offset` of an address.
@@ -788,6 +828,13 @@ impl Machine {
         self.memory.release();
         self.services.files().remove_scratch();
     }
+}
+
+/// The file and the line of `file.c:123`; a path of Rust, `a::b`, is none.
+fn source_place(place: &str) -> Option<(&str, u32)> {
+    let (file, line) = place.trim().rsplit_once(':')?;
+    let is_file = !file.is_empty() && !file.ends_with(':');
+    line.parse().ok().filter(|line| is_file && *line > 0).map(|line| (file, line))
 }
 
 /// Whether the guest does nothing after this.

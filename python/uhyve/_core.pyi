@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _CompiledParts: TypeAlias = tuple[str, bytes, list[int]]
+_FrameParts: TypeAlias = tuple[int, int | None, str | None, tuple[str, int] | None, tuple[str, int] | None, bool]
 """Source, bytecode and constants of a condition."""
 
 __version__: Final[str]
@@ -117,7 +118,7 @@ class Machine:
         """Ends the VM and waits for its threads."""
     def add_breakpoint(
         self,
-        address: int,
+        addresses: list[int],
         *,
         location: str,
         compiled: _CompiledParts | None,
@@ -161,6 +162,12 @@ class Machine:
         """Memory as a vCPU sees it, to be used while the world is stopped."""
     def resolve(self, location: str) -> int:
         """The address of ``symbol``, ``symbol+0x10``, ``0x1234`` or ``*0x1234``. Raises ``BreakpointError``."""
+    def resolve_place(self, place: str) -> list[int]:
+        """The addresses of a source line, ``file.c:123``, or the one that ``resolve`` gives."""
+    def backtrace(self, vcpu: int, limit: int) -> list[_FrameParts]:
+        """The frames of a stopped vCPU, the innermost first."""
+    def describe(self, pc: int) -> list[_FrameParts]:
+        """The functions that an address lies in, the innermost first, as frames without CFA."""
     def symbolize(self, address: int) -> tuple[str, int] | None:
         """The symbol that covers an address, and the offset from its start."""
     def output(self) -> tuple[bytes, bool]:
@@ -211,6 +218,9 @@ class Breakpoint:
     @property
     def address(self) -> int:
         """The guest-virtual address."""
+    @property
+    def addresses(self) -> list[int]:
+        """All addresses that it is at."""
     @property
     def location(self) -> str:
         """The place as it was given."""

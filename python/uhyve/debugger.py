@@ -163,9 +163,11 @@ class Debugger:
     ) -> Breakpoint:
         """Sets a breakpoint; from the moment that this returns it holds on every vCPU, running or not.
 
-        ``where`` is a symbol, ``"symbol+0x10"``, or an address. ``condition`` decides which hits stop the guest: text
-        in the language of ``uhyve.condition`` is compiled once and evaluated by the core; a callable is called with a
-        ``Hit`` on the thread of the vCPU, with other vCPUs running, and stops the guest by returning something true.
+        ``where`` is a symbol, ``"symbol+0x10"``, a source line, ``"file.c:123"`` (its statements in every function that
+        has some, or the next line's that has code), or an address. ``condition`` decides which hits stop the guest:
+        text in the language of ``uhyve.condition`` is compiled once and evaluated by the core; a callable is called
+        with a ``Hit`` on the thread of the vCPU, with other vCPUs running, and stops the guest by returning something
+        true.
         ``ignore`` is how many hits to let pass before the condition is asked. A ``temporary`` breakpoint is deleted
         when it has stopped the guest once. With ``vcpu``, others pass. ``name`` is for messages. ``hardware`` asks for
         a debug register, which holds when the guest overwrites its code.
@@ -179,10 +181,10 @@ class Debugger:
                 return hit.arg(0) > 1 << 20
         """
         self._check()
-        address, location = self._place("a breakpoint's address", where)
+        addresses, location = self._places("a breakpoint's address", where)
         compiled, predicate = _condition_parts(self._machine, condition)
         core = self._machine.add_breakpoint(
-            address,
+            addresses,
             location=location,
             compiled=compiled,
             predicate=predicate,
@@ -224,10 +226,12 @@ class Debugger:
         With debug registers the CPU does not tell a read from a write: a value that has changed was written.
         """
         self._check()
-        address, location = self._place("a watchpoint's address", where)
+        addresses, location = self._places("a watchpoint's address", where)
+        if len(addresses) > 1:
+            raise BreakpointError(f"{location} has code at {len(addresses)} addresses; a watchpoint is for one place")
         compiled, predicate = _condition_parts(self._machine, condition)
         core = self._machine.add_watchpoint(
-            address,
+            addresses[0],
             _unsigned("size", size),
             access,
             location=location,
@@ -312,13 +316,30 @@ class Debugger:
         self._check()
         return self._machine.memory(self.stop.vcpu)
 
+    def backtrace(self, vcpu: int | None = None, limit: int = 64) -> list[Frame]:
+        """The frames of a vCPU (the one that the stop is about, if not given), the innermost first, ``limit`` at most.
+
+        They are found by the image's unwind information, by frame pointers where it has none, and end where neither
+        leads on to code. A function that was inlined is a frame of its own, with ``inlined`` set.
+        """
+        self._check()
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; a backtrace has at least one frame")
+        chosen = self.stop.vcpu if vcpu is None else _unsigned("vcpu", vcpu, 32)
+        parts = self._machine.backtrace(chosen, min(limit, 1 << 16))
+        return [Frame(self._machine, chosen, part[0], level, part) for level, part in enumerate(parts)]
+
     def symbol(self, name: str) -> int:
         """The address of ``"symbol"`` or ``"symbol+0x10"`` in this machine. Raises ``BreakpointError`` if unknown."""
         return self._machine.resolve(name)
 
     def symbolize(self, address: int) -> str | None:
-        """``"symbol"`` or ``"symbol+0x10"`` for an address, None if no symbol covers it."""
+        """``"symbol"`` or ``"symbol+0x10"`` for an address, demangled; None if no symbol covers it."""
         return _symbol(self._machine, address)
+
+    def source_line(self, address: int) -> tuple[str, int] | None:
+        """The file and line that an address was compiled from, by the image's debug information."""
+        return self._machine.describe(address)[0][4]
 
     @property
     def load_bias(self) -> int:
@@ -348,12 +369,12 @@ class Debugger:
 
     # Inside
 
-    def _place(self, what: str, where: str | int) -> tuple[int, str]:
-        """An address, and what the user called it."""
+    def _places(self, what: str, where: str | int) -> tuple[list[int], str]:
+        """The addresses of a place, and what the user called it."""
         if isinstance(where, str):
-            return self._machine.resolve(where), where
+            return self._machine.resolve_place(where), where
         address = _unsigned(what, where)
-        return address, f"{address:#x}"
+        return [address], f"{address:#x}"
 
     def _check(self) -> None:
         if self._left is not None:
@@ -496,8 +517,13 @@ class Breakpoint:
 
     @property
     def address(self) -> int:
-        """The guest-virtual address."""
+        """The guest-virtual address; of a source line with several, the lowest."""
         return self._core.address
+
+    @property
+    def addresses(self) -> list[int]:
+        """All its addresses: a source line may have code in several functions."""
+        return self._core.addresses
 
     @property
     def name(self) -> str | None:
@@ -658,29 +684,67 @@ class Vcpu:
 
 
 class Frame:
-    """Where a vCPU stands in the guest's code."""
+    """A function that a vCPU is in: the one that it executes, or one that has called."""
 
-    __slots__ = ("_machine", "_vcpu", "pc")
+    __slots__ = ("_machine", "_parts", "_vcpu", "level", "pc")
 
+    level: int
+    """0 for the innermost frame, 1 for the one that it returns to, or was inlined into, and so on."""
     pc: int
-    """The address of the next instruction."""
+    """The address of the next instruction; behind the call, in a frame that has called."""
 
-    def __init__(self, machine: Machine, vcpu: int, pc: int) -> None:
+    def __init__(
+        self, machine: Machine, vcpu: int, pc: int, level: int = 0, parts: _core._FrameParts | None = None
+    ) -> None:
         self._machine = machine
         self._vcpu = vcpu
+        self._parts = parts
+        self.level = level
         self.pc = pc
+
+    def _known(self) -> _core._FrameParts:
+        if self._parts is None:
+            self._parts = self._machine.describe(self.pc)[0]
+        return self._parts
 
     @property
     def function(self) -> str | None:
-        """The name of the function, if known."""
-        found = self._machine.symbolize(self.pc)
-        return None if found is None else found[0]
+        """The name of the function, by debug information or symbol; of code that was inlined, its own function."""
+        return self._known()[2]
+
+    @property
+    def symbol(self) -> str | None:
+        """``"symbol+0x10"`` for ``pc``, if known: the function that the code was inlined into."""
+        found = self._known()[3]
+        return None if found is None else f"{found[0]}+{found[1]:#x}" if found[1] else found[0]
 
     @property
     def offset(self) -> int | None:
-        """Bytes from the function's start to ``pc``."""
-        found = self._machine.symbolize(self.pc)
+        """Bytes from the symbol's start to ``pc``."""
+        found = self._known()[3]
         return None if found is None else found[1]
+
+    @property
+    def file(self) -> str | None:
+        """The source file, as the compiler wrote it, if the image has debug information."""
+        found = self._known()[4]
+        return None if found is None else found[0]
+
+    @property
+    def line(self) -> int | None:
+        """The line in ``file``, from 1; 0 for code that the compiler made up."""
+        found = self._known()[4]
+        return None if found is None else found[1]
+
+    @property
+    def inlined(self) -> bool:
+        """Whether this function's code is a part of the next frame's."""
+        return self._known()[5]
+
+    @property
+    def cfa(self) -> int | None:
+        """The canonical frame address: the stack pointer before the call. Of a frame of ``backtrace()``, if known."""
+        return self._known()[1]
 
     @property
     def registers(self) -> Registers:
@@ -691,6 +755,13 @@ class Frame:
     def memory(self) -> Memory:
         """Guest memory as the vCPU sees it."""
         return self._machine.memory(self._vcpu)
+
+    def __str__(self) -> str:
+        """One line for people, as of a backtrace."""
+        source = _source(self._known()[4])
+        name = self.function or "?"
+        place = f" at {source}" if source else ""
+        return f"#{self.level} {self.pc:#x} in {name}{place}{' (inlined)' if self.inlined else ''}"
 
     def __repr__(self) -> str:
         return f"<Frame of vCPU {self._vcpu} at {_symbol(self._machine, self.pc) or format(self.pc, '#x')}>"
@@ -809,7 +880,20 @@ class Stop(Record):
         if self.reason == "crash":
             return f"the guest has crashed: {self.message}"
         place = f"{self.symbol} ({self.pc:#x})" if self.symbol else f"{self.pc:#x}"
+        if source := _source(self._source()):
+            place += f", {source}"
         return f"vCPU {self.vcpu} stopped at {place}: {self._why()}"
+
+    def _source(self) -> tuple[str, int] | None:
+        machine = getattr(self, "_machine", None)
+        if machine is None:
+            return None
+        try:
+            found: tuple[str, int] | None = machine.describe(self.pc)[0][4]
+        except VmStateError:
+            # In a forked child.
+            return None
+        return found
 
     def _why(self) -> str:
         if self.breakpoint is None:
@@ -827,6 +911,11 @@ class Stop(Record):
         if self.old == self.new:
             return f"{hit}: {self.access} at {self.address:#x}, value {_value(self.new)}"
         return f"{hit}: {self.access} at {self.address:#x}, {_value(self.old)} → {_value(self.new)}"
+
+
+def _source(found: tuple[str, int] | None) -> str | None:
+    """``file.c:123``, without directories."""
+    return None if found is None else f"{found[0].rpartition('/')[2]}:{found[1]}"
 
 
 def _value(watched: int | bytes | None) -> str:

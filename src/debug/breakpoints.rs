@@ -80,6 +80,8 @@ impl Condition {
 pub struct BreakpointOptions {
     /// What the user called the place.
     pub location: String,
+    /// Further addresses of the place: a source line may have code in several functions.
+    pub also: Vec<u64>,
     /// A name for messages.
     pub name: Option<String>,
     /// Hits to let pass before the conditions are asked.
@@ -113,6 +115,11 @@ pub struct Breakpoint {
 }
 
 impl Breakpoint {
+    /// All addresses that it is at.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
+        std::iter::once(self.address).chain(self.options.also.iter().copied())
+    }
+
     /// Whether it is looked at.
     pub fn is_enabled(&self) -> bool {
         self.enabled.load(Ordering::SeqCst)
@@ -305,7 +312,9 @@ impl Table {
     ) -> Result<()> {
         let mut wanted: BTreeMap<u64, Vec<Arc<Breakpoint>>> = BTreeMap::new();
         for breakpoint in self.all.values().filter(|b| b.is_enabled() && b.watch.is_none()) {
-            wanted.entry(breakpoint.address).or_default().push(breakpoint.clone());
+            for address in breakpoint.addresses() {
+                wanted.entry(address).or_default().push(breakpoint.clone());
+            }
         }
         let gone: Vec<u64> = self.sites.keys().filter(|a| !wanted.contains_key(a)).copied().collect();
         for address in gone {

@@ -2,14 +2,19 @@
 //! it at the same time.
 
 pub mod agent;
+pub mod backtrace;
 pub mod breakpoints;
 mod bus;
 pub mod catch;
 pub mod condition;
+pub mod dwarf;
 pub mod engine;
+mod functions;
+mod lines;
 pub(crate) mod stepping;
 pub mod stop;
 pub mod symbols;
+mod unwind;
 mod values;
 pub mod view;
 pub(crate) mod watching;

@@ -13,6 +13,11 @@ mod names;
 
 use self::elf::Entry;
 
+/// The name for people of a name that the linker wrote: demangled, without hash and prefix.
+pub(crate) fn demangle(raw: &str) -> String {
+    names::display(raw)
+}
+
 /// How many candidates an error lists.
 const LISTED: usize = 10;
 

@@ -51,6 +51,11 @@ impl PyBreakpoint {
     }
 
     #[getter]
+    fn addresses(&self) -> Vec<u64> {
+        self.inner.addresses().collect()
+    }
+
+    #[getter]
     fn location(&self) -> &str {
         &self.inner.options.location
     }

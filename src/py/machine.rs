@@ -15,6 +15,7 @@ use super::image::PyImage;
 use super::memory::PyMemory;
 use super::registers::PyRegisters;
 use crate::backend::soft::clock::ClockKind;
+use crate::debug::backtrace::{self, Frame};
 use crate::debug::breakpoints::{BreakpointOptions, Condition};
 use crate::debug::engine::{End, Plan, Status};
 use crate::debug::stop::{Stop, StopReason};
@@ -331,12 +332,12 @@ impl PyMachine {
         self.callbacks.take_console_error().map_or(Ok(()), Err)
     }
 
-    #[pyo3(signature = (address, *, location, compiled, predicate, ignore, temporary, vcpu, enabled, name, hardware))]
+    #[pyo3(signature = (addresses, *, location, compiled, predicate, ignore, temporary, vcpu, enabled, name, hardware))]
     #[allow(clippy::too_many_arguments)]
     fn add_breakpoint(
         &self,
         py: Python<'_>,
-        address: u64,
+        addresses: Vec<u64>,
         location: String,
         compiled: Option<CompiledParts>,
         predicate: Option<Py<PyAny>>,
@@ -349,7 +350,11 @@ impl PyMachine {
     ) -> PyResult<PyBreakpoint> {
         let machine = self.machine()?;
         let condition = self.condition(py, compiled, predicate)?;
-        let options = BreakpointOptions { location, name, ignore, temporary, vcpu, disabled: !enabled, hardware };
+        let Some((&address, also)) = addresses.split_first() else {
+            return Err(to_python(py, Error::Breakpoint("a breakpoint needs an address".into())));
+        };
+        let also = also.to_vec();
+        let options = BreakpointOptions { location, also, name, ignore, temporary, vcpu, disabled: !enabled, hardware };
         let inner = detached(py, || machine.add_breakpoint(address, options, condition))?;
         Ok(PyBreakpoint::new(machine.clone(), inner))
     }
@@ -416,6 +421,27 @@ impl PyMachine {
         detached(py, || machine.symbols().resolve(location))
     }
 
+    /// The addresses of a place: a source line's, `file.c:123`, or the one that `resolve` gives.
+    fn resolve_place(&self, py: Python<'_>, place: &str) -> PyResult<Vec<u64>> {
+        let machine = self.machine()?;
+        detached(py, || machine.resolve(place))
+    }
+
+    /// Frames of a vCPU, the innermost first, as `describe` gives them.
+    fn backtrace(&self, py: Python<'_>, vcpu: u32, limit: usize) -> PyResult<Vec<FrameParts>> {
+        let machine = self.machine()?;
+        let frames = detached(py, || machine.backtrace(vcpu, limit))?;
+        Ok(frames.into_iter().map(frame_parts).collect())
+    }
+
+    /// The functions that an address lies in, the innermost first: pc, CFA (None), function, symbol and offset, file and
+    /// line, whether it was inlined into the next.
+    fn describe(&self, py: Python<'_>, pc: u64) -> PyResult<Vec<FrameParts>> {
+        let machine = self.machine()?;
+        let frames = py.detach(|| backtrace::describe_address(machine, pc));
+        Ok(frames.into_iter().map(frame_parts).collect())
+    }
+
     /// Name and offset of the symbol at an address.
     fn symbolize(&self, address: u64) -> PyResult<Option<(String, u64)>> {
         Ok(self.machine()?.symbols().symbolize(address).map(|(symbol, offset)| (symbol.name, offset)))
@@ -479,6 +505,14 @@ impl PyMachine {
     fn __clear__(&self) {
         self.callbacks.clear();
     }
+}
+
+/// A frame as a tuple.
+type FrameParts = (u64, Option<u64>, Option<String>, Option<(String, u64)>, Option<(String, u32)>, bool);
+
+fn frame_parts(frame: Frame) -> FrameParts {
+    let source = frame.source.map(|source| (source.file, source.line));
+    (frame.pc, frame.cfa, frame.function, frame.symbol, source, frame.is_inlined)
 }
 
 impl PyMachine {

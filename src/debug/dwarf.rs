@@ -1,0 +1,342 @@
+//! The debug information of an image (DWARF 2 to 5), opened when somebody asks. It is read with gimli alone: what an
+//! image says about itself is not trusted, so that every walk here and in [`super::lines`], [`super::functions`] and
+//! [`super::unwind`] is a loop with a bound, and what does not fit is left out. Addresses are the image's own, without its load bias.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use gimli::{DebugInfoOffset, Dwarf, DwarfSections, EndianSlice, LittleEndian, SectionId};
+use object::Endianness;
+use object::elf::{FileHeader64, SHF_COMPRESSED, SHT_NOBITS};
+use object::read::elf::{FileHeader as _, SectionHeader as _};
+
+use super::functions::Functions;
+use super::lines::Lines;
+use super::unwind::FrameTable;
+
+pub(super) type Slice<'a> = EndianSlice<'a, LittleEndian>;
+pub(super) type Unit<'a> = gimli::Unit<Slice<'a>>;
+
+/// How long the list of an image's units may take; what is not listed by then is not found.
+const LISTING: Duration = Duration::from_secs(3);
+/// Address ranges of all units together.
+const MAX_RANGES: usize = 1 << 20;
+/// Units whose tables are kept.
+const KEPT: usize = 256;
+
+/// A section of the file: its bytes there, and its address.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Section {
+    pub bytes: Range<usize>,
+    pub address: u64,
+}
+
+/// Where code comes from in the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceLine {
+    /// The file as the compiler wrote it, with its directories.
+    pub file: String,
+    /// The line, from 1; 0 for code without one.
+    pub line: u32,
+}
+
+/// A function that an address lies in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceFunction {
+    /// Its name, demangled.
+    pub name: Option<String>,
+    /// Where its body was inlined: the place of the call.
+    pub call: Option<SourceLine>,
+}
+
+/// The units and their ranges.
+pub(super) struct Units {
+    /// Where they begin in `.debug_info`.
+    offsets: Vec<usize>,
+    /// Begin and end of addresses, and the index of the unit.
+    ranges: Vec<(u64, u64, usize)>,
+}
+
+/// The debug information of one image.
+pub struct DebugInfo {
+    image: Arc<[u8]>,
+    sections: OnceLock<HashMap<&'static str, Section>>,
+    dwarf: OnceLock<DwarfSections<Range<usize>>>,
+    units: OnceLock<Units>,
+    lines: Mutex<HashMap<usize, Arc<Lines>>>,
+    functions: Mutex<HashMap<usize, Arc<Functions>>>,
+    frames: OnceLock<FrameTable>,
+}
+
+/// The sections that are looked for.
+const SECTIONS: [&str; 13] = [
+    ".debug_abbrev",
+    ".debug_addr",
+    ".debug_info",
+    ".debug_line",
+    ".debug_line_str",
+    ".debug_str",
+    ".debug_str_offsets",
+    ".debug_ranges",
+    ".debug_rnglists",
+    ".debug_frame",
+    ".eh_frame",
+    ".text",
+    ".got",
+];
+
+impl DebugInfo {
+    /// The debug information in an ELF image. Costs nothing yet; an image without any, or a broken one, has none.
+    pub fn new(kernel: &Arc<[u8]>) -> Self {
+        Self {
+            image: Arc::clone(kernel),
+            sections: OnceLock::new(),
+            dwarf: OnceLock::new(),
+            units: OnceLock::new(),
+            lines: Mutex::default(),
+            functions: Mutex::default(),
+            frames: OnceLock::new(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.units().offsets.is_empty()
+    }
+
+    /// The source line of an address.
+    pub fn line(&self, address: u64) -> Option<SourceLine> {
+        self.candidates(address).find_map(|index| {
+            let dwarf = self.dwarf();
+            let unit = self.unit(&dwarf, index)?;
+            let (file, line) = self.lines_of(index, &dwarf, &unit)?.find(address)?;
+            Some(SourceLine { file: super::lines::file_name(&dwarf, &unit, file)?, line })
+        })
+    }
+
+    /// The functions that an address lies in, the innermost inlined one first.
+    pub fn functions(&self, address: u64) -> Vec<SourceFunction> {
+        let found = self.candidates(address).find_map(|index| {
+            let dwarf = self.dwarf();
+            let unit = self.unit(&dwarf, index)?;
+            let functions = self.functions_of(index, &dwarf, &unit)?;
+            super::functions::at(self, &dwarf, &unit, functions.find(address)?, address)
+        });
+        found.unwrap_or_default()
+    }
+
+    /// The addresses of the statements of a line, one for each function that has some, by address. `file` is a path's
+    /// last components. If the line has none, those of the next line that has, with its number.
+    pub fn addresses(&self, file: &str, line: u32) -> (u32, Vec<u64>) {
+        let dwarf = self.dwarf();
+        let mut found: Vec<(u32, u64, (usize, u64))> = Vec::new();
+        for index in 0..self.units().offsets.len() {
+            let Some(unit) = self.unit(&dwarf, index) else { continue };
+            let files = super::lines::files_named(&dwarf, &unit, file);
+            if files.is_empty() {
+                continue;
+            }
+            let (Some(lines), functions) =
+                (self.lines_of(index, &dwarf, &unit), self.functions_of(index, &dwarf, &unit))
+            else {
+                continue;
+            };
+            for (row_line, address) in lines.statements(&files, line) {
+                let function = functions.as_ref().and_then(|f| f.start(address)).unwrap_or(address);
+                found.push((row_line, address, (index, function)));
+            }
+        }
+        let Some(best) = found.iter().map(|(line, ..)| *line).min() else { return (line, Vec::new()) };
+        found.retain(|(line, ..)| *line == best);
+        found.sort_unstable_by_key(|(_, address, function)| (*function, *address));
+        found.dedup_by_key(|(.., function)| *function);
+        let mut addresses: Vec<u64> = found.into_iter().map(|(_, address, _)| address).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        (best, addresses)
+    }
+
+    /// The addresses of the line that an address belongs to, around it; for a step by lines.
+    pub fn line_range(&self, address: u64) -> Option<Range<u64>> {
+        self.candidates(address).find_map(|index| {
+            let dwarf = self.dwarf();
+            let unit = self.unit(&dwarf, index)?;
+            self.lines_of(index, &dwarf, &unit)?.range(address)
+        })
+    }
+
+    /// Where the function that an address lies in begins.
+    pub fn function_start(&self, address: u64) -> Option<u64> {
+        self.candidates(address).find_map(|index| {
+            let dwarf = self.dwarf();
+            let unit = self.unit(&dwarf, index)?;
+            self.functions_of(index, &dwarf, &unit)?.start(address)
+        })
+    }
+
+    /// The unwind information.
+    pub(super) fn frames(&self) -> &FrameTable {
+        self.frames.get_or_init(|| FrameTable::new(self))
+    }
+
+    /// A section's bytes and its address; empty if there is none.
+    pub(super) fn section(&self, name: &str) -> (&[u8], u64) {
+        let section = self.sections().get(name).cloned().unwrap_or_default();
+        (self.image.get(section.bytes).unwrap_or_default(), section.address)
+    }
+
+    fn sections(&self) -> &HashMap<&'static str, Section> {
+        self.sections.get_or_init(|| parse_sections(&self.image).unwrap_or_default())
+    }
+
+    pub(super) fn dwarf(&self) -> Dwarf<Slice<'_>> {
+        let load = |id: SectionId| {
+            let section = self.sections().get(id.name()).cloned().unwrap_or_default();
+            Ok::<_, std::convert::Infallible>(section.bytes)
+        };
+        let sections = self.dwarf.get_or_init(|| match DwarfSections::load(load) {
+            Ok(sections) => sections,
+            Err(never) => match never {},
+        });
+        sections.borrow(|range| EndianSlice::new(self.image.get(range.clone()).unwrap_or_default(), LittleEndian))
+    }
+
+    fn units(&self) -> &Units {
+        self.units.get_or_init(|| list_units(&self.dwarf()))
+    }
+
+    pub(super) fn unit<'a>(&self, dwarf: &Dwarf<Slice<'a>>, index: usize) -> Option<Unit<'a>> {
+        let offset = DebugInfoOffset(*self.units().offsets.get(index)?);
+        dwarf.unit(dwarf.debug_info.header_from_offset(offset).ok()?).ok()
+    }
+
+    /// The unit that an offset of `.debug_info` lies in.
+    pub(super) fn unit_at<'a>(&self, dwarf: &Dwarf<Slice<'a>>, offset: usize) -> Option<Unit<'a>> {
+        let after = self.units().offsets.partition_point(|start| *start <= offset);
+        self.unit(dwarf, after.checked_sub(1)?)
+    }
+
+    fn candidates(&self, address: u64) -> impl Iterator<Item = usize> + '_ {
+        let contains = move |(begin, end, _): &&(u64, u64, usize)| (*begin..*end).contains(&address);
+        self.units().ranges.iter().filter(contains).map(|(_, _, index)| *index)
+    }
+
+    fn lines_of(&self, index: usize, dwarf: &Dwarf<Slice<'_>>, unit: &Unit<'_>) -> Option<Arc<Lines>> {
+        keep(&self.lines, index, || Lines::parse(dwarf, unit))
+    }
+
+    fn functions_of(&self, index: usize, dwarf: &Dwarf<Slice<'_>>, unit: &Unit<'_>) -> Option<Arc<Functions>> {
+        keep(&self.functions, index, || Functions::parse(dwarf, unit))
+    }
+}
+
+/// A table of a unit, made once.
+fn keep<T>(tables: &Mutex<HashMap<usize, Arc<T>>>, index: usize, make: impl FnOnce() -> Option<T>) -> Option<Arc<T>> {
+    let lock = || tables.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(known) = lock().get(&index) {
+        return Some(known.clone());
+    }
+    let made = Arc::new(make()?);
+    let mut tables = lock();
+    if tables.len() >= KEPT {
+        tables.clear();
+    }
+    tables.insert(index, made.clone());
+    Some(made)
+}
+
+fn list_units(dwarf: &Dwarf<Slice<'_>>) -> Units {
+    let mut units = Units { offsets: Vec::new(), ranges: Vec::new() };
+    let deadline = Instant::now() + LISTING;
+    let mut headers = dwarf.units();
+    while let Ok(Some(header)) = headers.next() {
+        if Instant::now() > deadline || units.ranges.len() >= MAX_RANGES {
+            log::warn!("the image's debug information is too large to be listed; parts of it are not used");
+            break;
+        }
+        let index = units.offsets.len();
+        let Some(offset) = header.debug_info_offset() else { break };
+        if let Ok(unit) = dwarf.unit(header)
+            && let Ok(mut ranges) = dwarf.unit_ranges(&unit)
+        {
+            while let Ok(Some(range)) = ranges.next() {
+                // What the linker has dropped is left at 0.
+                if range.begin < range.end && range.begin != 0 && units.ranges.len() < MAX_RANGES {
+                    units.ranges.push((range.begin, range.end, index));
+                }
+            }
+        }
+        units.offsets.push(offset.0);
+    }
+    units
+}
+
+fn parse_sections(image: &[u8]) -> Option<HashMap<&'static str, Section>> {
+    let header = FileHeader64::<Endianness>::parse(image).ok()?;
+    let endian = header.endian().ok()?;
+    let sections = header.sections(endian, image).ok()?;
+    let mut found = HashMap::new();
+    for section in sections.iter() {
+        let Ok(name) = sections.section_name(endian, section) else { continue };
+        let Some(known) = SECTIONS.iter().find(|known| known.as_bytes() == name) else { continue };
+        if section.sh_type(endian) == SHT_NOBITS || section.sh_flags(endian).contains(SHF_COMPRESSED) {
+            continue;
+        }
+        let Some((offset, size)) = section.file_range(endian) else { continue };
+        let (Ok(offset), Ok(size)) = (usize::try_from(offset), usize::try_from(size)) else { continue };
+        let Some(end) = offset.checked_add(size).filter(|end| *end <= image.len()) else { continue };
+        found.entry(*known).or_insert(Section { bytes: offset..end, address: section.sh_addr(endian) });
+    }
+    Some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The test program itself: tens of megabytes of debug information of Rust code.
+    fn own() -> DebugInfo {
+        let image: Arc<[u8]> = std::fs::read("/proc/self/exe").unwrap().into();
+        DebugInfo::new(&image)
+    }
+
+    /// What the kernel has added to the addresses of the program's file.
+    fn bias() -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let path = std::fs::read_link("/proc/self/exe").unwrap();
+        let first = maps.lines().find(|line| line.ends_with(path.to_str().unwrap())).unwrap();
+        u64::from_str_radix(first.split('-').next().unwrap(), 16).unwrap()
+    }
+
+    const LANDMARK: u32 = line!();
+    #[inline(never)]
+    fn landmark() -> u32 {
+        std::process::id()
+    }
+
+    #[test]
+    fn test_own_function_is_found_with_its_line_in_time_even_in_a_large_program() {
+        let info = own();
+        let address = (landmark as fn() -> u32 as usize as u64).wrapping_sub(bias());
+        let started = Instant::now();
+        let line = info.line(address).unwrap();
+        assert!(line.file.ends_with("src/debug/dwarf.rs"), "{line:?}");
+        assert!(line.line - LANDMARK <= 4, "{line:?}");
+        let functions = info.functions(address);
+        assert!(functions.last().unwrap().name.as_ref().unwrap().ends_with("tests::landmark"), "{functions:?}");
+        let (_, addresses) = info.addresses("debug/dwarf.rs", line.line);
+        assert!(addresses.contains(&address), "{addresses:x?} {address:x}");
+        assert_eq!(info.function_start(address + 1), Some(address));
+        assert!(info.line_range(address).unwrap().contains(&address));
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn test_file_that_is_no_image_has_no_debug_information() {
+        let info = DebugInfo::new(&Arc::from(b"no image".as_slice()));
+        assert!(info.is_empty() && info.line(0x1000).is_none() && info.functions(0x1000).is_empty());
+        assert_eq!(info.addresses("file.c", 1), (1, Vec::new()));
+    }
+}
