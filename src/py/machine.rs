@@ -282,12 +282,6 @@ impl PyMachine {
             let text = format!("there is no vCPU {}; this VM has {}", step.unwrap_or(0), machine.cpus());
             return Err(to_python(py, Error::VmState(text)));
         }
-        if let Some(client) = machine.controller() {
-            let text = format!(
-                "a gdb client ({client}) controls the guest: let it go on there, or detach it; interrupt() and wait() work here"
-            );
-            return Err(to_python(py, Error::VmState(text)));
-        }
         detached(py, || {
             machine.resume(|n| match step {
                 None => Plan::Run,
