@@ -222,7 +222,7 @@ def test_idle_server_costs_no_time(serve: Callable[..., Served]) -> None:
 
 
 def test_unix_socket_serves_the_real_gdb(serve: Callable[..., Served], tmp_path: Path) -> None:
-    served = serve("loop", address=f"unix:{tmp_path / 'gdb'}")
+    served = serve("busy", address=f"unix:{tmp_path / 'gdb'}")
     with Gdb() as gdb:
         gdb.console(f"target remote {tmp_path / 'gdb'}")
         assert gdb.number("$pc") == served.dbg.vcpus[0].pc
