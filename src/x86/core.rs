@@ -1,7 +1,7 @@
 //! The inside of a [`Cpu`](super::Cpu): its state, translation, and the slow executor, which decodes and executes one
 //! instruction with everything that may come of it. The block engine does the rest faster and falls back to this.
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 
 use super::bus::{CoreBus, Devices, Outside, fetch};
 use super::cpu::CpuExit;
@@ -10,9 +10,10 @@ use super::operand::Machine;
 use super::platform::{Platform, Reply};
 use super::privileged::System;
 use super::state::{DeviceAccess, Fault, State};
+use super::string::CHUNK;
 use super::{MAX_LENGTH, Outcome, checks_alignment, decode, execute_family};
 use crate::memory::GuestMemory;
-use crate::registers::{RFLAGS_RF, RFLAGS_TF, segment_attributes};
+use crate::registers::{RCX, RFLAGS_RF, RFLAGS_TF, segment_attributes};
 
 /// Decoded instructions that are kept, by address.
 const DECODED: usize = 256;
@@ -128,7 +129,14 @@ impl Core {
         (self.devices, self.exit) = (Devices::default(), None);
         let outcome = self.execute(instruction, code, platform);
         match outcome {
-            Outcome::Done | Outcome::Repeat => self.retire(traps, platform),
+            Outcome::Done => self.retire(1, traps, platform),
+            Outcome::Repeat => {
+                // A repeated instruction that was cut short by a fault to come has not retired yet.
+                let left = self.state.core.registers.general[RCX];
+                let is_port = is_port_string(instruction);
+                let retired = u64::from(is_port || left.is_multiple_of(CHUNK));
+                self.retire(retired, traps && retired != 0, platform)
+            }
             Outcome::Fault { vector, error_code, address } => {
                 let fault = Fault { vector, error_code, address };
                 self.give_up(had_shadow);
@@ -198,8 +206,8 @@ impl Core {
     }
 
     /// After an instruction: its writes to devices, what it changed in the mode, and the trap that TF asks for.
-    fn retire(&mut self, traps: bool, platform: &mut dyn Platform) -> Slow {
-        self.state.instructions += 1;
+    fn retire(&mut self, count: u64, traps: bool, platform: &mut dyn Platform) -> Slow {
+        self.state.instructions += count;
         self.state.answers = Default::default();
         self.mode_changed();
         self.write_devices(platform);
@@ -256,6 +264,12 @@ impl Core {
         let (cpu, mut bus) = self.bus(Some(platform));
         act(&mut Machine { cpu, bus: &mut bus, instruction, code })
     }
+}
+
+/// INS and OUTS retire element by element.
+fn is_port_string(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(instruction.mnemonic(), M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd)
 }
 
 /// The exit that asks the VMM for a read.

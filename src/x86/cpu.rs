@@ -96,6 +96,8 @@ pub struct Cpu {
     hooks: Option<Box<dyn Hooks>>,
     /// The instruction at RIP executes even if a breakpoint is there.
     resume: bool,
+    /// Every instruction goes through the slow executor.
+    is_slow: bool,
     interrupt: Arc<AtomicBool>,
     io: [u8; 8],
     io_length: usize,
@@ -111,6 +113,7 @@ impl Cpu {
             debug: DebugOptions::default(),
             hooks: None,
             resume: false,
+            is_slow: false,
             interrupt: Arc::default(),
             io: [0; 8],
             io_length: 0,
@@ -207,6 +210,7 @@ impl Cpu {
     fn goes_slowly(&self) -> bool {
         let state = &self.engine.core.state;
         self.resume
+            || self.is_slow
             || self.hooks.is_some()
             || state.interrupt_shadow
             || state.core.registers.rflags & (RFLAGS_TF | RFLAGS_RF) != 0
@@ -344,6 +348,11 @@ impl Cpu {
     /// The next [`Cpu::run`] executes the instruction at RIP even if a breakpoint is there (once).
     pub fn resume_from_breakpoint(&mut self) {
         self.resume = true;
+    }
+
+    /// Executes every instruction by the slow executor, whose results blocks have to have: for tests and for doubts.
+    pub fn set_slow(&mut self, is_slow: bool) {
+        self.is_slow = is_slow;
     }
 
     /// Sets or removes the hooks.

@@ -7,9 +7,11 @@ use std::collections::HashSet;
 use super::block::{Block, Cache, Link, Op};
 use super::core::Core;
 use super::lazy::Lazy;
+use super::string::CHUNK;
 use super::translate::translate;
 use super::{Outcome, execute_family};
 use crate::memory::GuestMemory;
+use crate::registers::RCX;
 
 /// Entries of the cache for indirect jumps and returns.
 const JUMPS: usize = 4096;
@@ -189,7 +191,7 @@ impl Engine {
             // SAFETY: `find` returned it just now, so it is alive.
             unsafe { self.chain(block) };
             block = match self.stop {
-                Stop::Budget if self.budget == 0 => return Stop::Budget,
+                Stop::Budget | Stop::Link | Stop::Lookup if self.budget == 0 => return Stop::Budget,
                 Stop::Budget if self.stops_here() => return Stop::Breakpoint,
                 Stop::Budget => self.find_single(),
                 Stop::Link => self.find_link(),
@@ -363,7 +365,8 @@ impl Engine {
             }
             Outcome::Repeat => {
                 self.load();
-                self.stop = Stop::Again;
+                // Cut short by what the slow executor will find out, it has not retired.
+                self.stop = if self.regs[RCX].is_multiple_of(CHUNK) { Stop::Again } else { Stop::Redo };
                 false
             }
             _ => {

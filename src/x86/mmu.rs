@@ -169,11 +169,6 @@ impl Mmu {
         }
     }
 
-    /// Whether accesses are ring 3's.
-    pub fn is_user(&self) -> bool {
-        self.mode.is_user
-    }
-
     /// Drops all translations.
     pub fn flush(&mut self) {
         self.flush_data();

@@ -163,7 +163,8 @@ impl Builder {
             return Some(match i.mnemonic() {
                 Mnemonic::Jmp => Op { disp, ..self.op(flow::jump) },
                 Mnemonic::Call => Op { disp, ..self.op(flow::call) },
-                _ => self.conditional(i, before, disp)?,
+                _ if i.is_jcc_short_or_near() => self.conditional(i, before, disp)?,
+                _ => return None,
             });
         }
         let (register, memory): (Handler, Handler) = match i.code() {
@@ -203,7 +204,8 @@ impl Builder {
             r => slot(r).filter(|s| s.size == 8).map(|s| Some(s.index)),
         };
         let mut displacement = i.memory_displacement64();
-        let (mut base, mut index) = (None, wide(i.memory_index())?);
+        let mut base;
+        let mut index = wide(i.memory_index())?;
         let mut scale = u8::try_from(i.memory_index_scale().trailing_zeros()).ok()?;
         if i.memory_base() == Register::RIP {
             displacement = displacement.wrapping_sub(self.rip);

@@ -3,6 +3,7 @@
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::{Engine, Stop};
 use super::super::mmu::PAGE;
+use super::super::string::CHUNK;
 use super::{next, redo, reg, set};
 
 const RAX: u8 = 0;
@@ -10,14 +11,12 @@ const RCX: u8 = 8;
 const RSI: u8 = 6 * 8;
 const RDI: u8 = 7 * 8;
 
-/// The most pieces that are made without a look at what else there is to do.
-const PIECES: u32 = 16;
-
 /// Where the next piece is made, and its elements.
 unsafe fn piece(e: &mut Engine, size: u64, moves: bool) -> Option<(*mut u8, *mut u8, u64)> {
     let (to, from) = (reg::<u64>(e, RDI), reg::<u64>(e, RSI));
     let room = |address: u64| PAGE - address % PAGE;
-    let mut bytes = room(to).min(reg::<u64>(e, RCX).saturating_mul(size));
+    let left = (reg::<u64>(e, RCX) - 1) % CHUNK + 1;
+    let mut bytes = room(to).min(left * size);
     if moves {
         bytes = bytes.min(room(from));
         // Bytes that the copy itself makes are not its source.
@@ -36,51 +35,49 @@ unsafe fn piece(e: &mut Engine, size: u64, moves: bool) -> Option<(*mut u8, *mut
     Some((target, source, count))
 }
 
-/// Does up to [`PIECES`] pieces; true if the instruction is complete.
+/// Does pieces up to the next multiple of [`CHUNK`]; true if the instruction is complete. What stops it before that is
+/// the slow executor's, which goes on from where it stands.
 #[inline(never)]
 unsafe fn work(e: &mut Engine, op: *const Op, size: u64, moves: bool) -> bool {
     let is_backward = e.core.state.core.registers.rflags & 1 << 10 != 0;
     e.at = op;
     e.stop = Stop::Redo;
-    for done in 0..PIECES {
-        let left = reg::<u64>(e, RCX);
-        if left == 0 {
-            return true;
-        }
+    if reg::<u64>(e, RCX) == 0 {
+        return true;
+    }
+    loop {
         let found = if is_backward { None } else { piece(e, size, moves) };
-        let Some((target, source, count)) = found else {
-            if done > 0 {
-                e.stop = Stop::Again;
-            }
-            return false;
-        };
+        let Some((target, source, count)) = found else { return false };
         let bytes = count * size;
         if moves {
             std::ptr::copy(source, target, bytes as usize);
         } else {
-            let element = reg::<u64>(e, RAX).to_le_bytes();
-            fill(std::slice::from_raw_parts_mut(target, bytes as usize), &element[..size as usize]);
+            fill(target, bytes as usize, reg::<u64>(e, RAX), size as usize);
         }
-        set(e, RCX, left - count);
+        let left = reg::<u64>(e, RCX) - count;
+        set(e, RCX, left);
         let to = reg::<u64>(e, RDI).wrapping_add(bytes);
         set(e, RDI, to);
         if moves {
             let from = reg::<u64>(e, RSI).wrapping_add(bytes);
             set(e, RSI, from);
         }
+        if left.is_multiple_of(CHUNK) {
+            e.stop = Stop::Again;
+            return left == 0;
+        }
     }
-    e.stop = Stop::Again;
-    reg::<u64>(e, RCX) == 0
 }
 
 /// Repeats an element.
-fn fill(target: &mut [u8], element: &[u8]) {
-    if element.iter().all(|byte| *byte == element[0]) {
-        target.fill(element[0]);
+unsafe fn fill(target: *mut u8, bytes: usize, value: u64, size: usize) {
+    let element = value.to_le_bytes();
+    if element[..size].iter().all(|byte| *byte == element[0]) {
+        std::ptr::write_bytes(target, element[0], bytes);
         return;
     }
-    for place in target.chunks_exact_mut(element.len()) {
-        place.copy_from_slice(element);
+    for at in (0..bytes).step_by(size) {
+        std::ptr::copy_nonoverlapping(element.as_ptr(), target.add(at), size);
     }
 }
 

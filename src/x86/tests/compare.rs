@@ -13,10 +13,10 @@ use crate::registers::{CR4_OSXSAVE, FpuState, RDI, RSP};
 use crate::x86::{CpuState, Outcome, decode, step_bytes};
 
 /// Opcode maps by their escape bytes.
-const MAPS: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
+pub(super) const MAPS: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
 
 /// A random instruction: prefixes, opcode, a ModRM byte that names registers or scratch memory, and operands after it.
-fn instruction_bytes(random: &mut Random, map: &[u8], opcode: u8) -> Vec<u8> {
+pub(super) fn instruction_bytes(random: &mut Random, map: &[u8], opcode: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     if random.below(4) == 0 {
         bytes.push(0x66);

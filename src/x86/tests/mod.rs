@@ -4,6 +4,7 @@
 
 mod behaviour;
 mod compare;
+mod differential;
 mod inventory;
 mod machine;
 mod native;
