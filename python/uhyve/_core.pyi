@@ -156,6 +156,8 @@ class Machine:
         """Replaces a breakpoint's condition."""
     def breakpoints(self) -> list[Breakpoint]:
         """All breakpoints, by number."""
+    def instructions(self, vcpu: int) -> int | None:
+        """How many instructions a vCPU has executed, where the back end counts them; while the world is stopped."""
     def registers(self, vcpu: int) -> Registers:
         """A vCPU's registers, to be used while the world is stopped."""
     def memory(self, vcpu: int) -> Memory:

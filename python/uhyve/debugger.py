@@ -679,6 +679,11 @@ class Vcpu:
         """``"symbol+0x10"`` for ``pc``, if known."""
         return _symbol(self._machine, self.pc)
 
+    @property
+    def instructions(self) -> int | None:
+        """How many instructions it has executed; None on a back end that does not count them (``"soft"`` does)."""
+        return self._machine.instructions(self._number)
+
     def __repr__(self) -> str:
         return f"<Vcpu {self._number}>"
 

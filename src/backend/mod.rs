@@ -91,6 +91,10 @@ pub trait Vcpu: Send {
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()>;
     /// XCR0: which state components XSAVE handles.
     fn xcr0(&mut self) -> Result<u64>;
+    /// Instructions that it has executed, where the back end counts them.
+    fn instructions(&mut self) -> Option<u64> {
+        None
+    }
     /// Frequency of the guest's time stamp counter in kHz, if known.
     fn tsc_khz(&self) -> Option<u32>;
     /// Chooses how the vCPU is debugged from the next `run` on.

@@ -401,6 +401,11 @@ impl PyMachine {
         Ok(machine.breakpoints().into_iter().map(|b| PyBreakpoint::new(machine.clone(), b)).collect())
     }
 
+    fn instructions(&self, py: Python<'_>, vcpu: u32) -> PyResult<Option<u64>> {
+        let machine = self.machine()?.clone();
+        detached(py, || machine.with_vcpu(vcpu, |context| Ok(context.cpu.instructions())))
+    }
+
     fn registers(&self, vcpu: u32) -> PyResult<PyRegisters> {
         Ok(PyRegisters::new(Reach::Stopped(self.machine()?.clone(), vcpu)))
     }

@@ -325,6 +325,10 @@ impl Vcpu for SoftVcpu {
         Ok(self.cpu.xcr0())
     }
 
+    fn instructions(&mut self) -> Option<u64> {
+        Some(self.cpu.instructions())
+    }
+
     fn tsc_khz(&self) -> Option<u32> {
         Some(TSC_KHZ)
     }
