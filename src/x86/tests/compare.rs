@@ -396,12 +396,12 @@ fn assert_compared(counts: &Counts, names: &str, least: usize) {
 
 #[test]
 fn test_one_byte_opcodes_random_operands_agree_with_host() {
-    let counts = compare_map(0, 1500);
+    let counts = compare_map(0, 1000);
     let names = "Add Or Adc Sbb And Sub Xor Cmp Test Mov Movsxd Push Pop Imul Mul Div Idiv Neg Not Inc Dec Lea Xchg Cbw Cwde
         Cdqe Cwd Cdq Cqo Rol Ror Rcl Rcr Shl Shr Sar Movsb Movsd Movsq Stosb Stosd Stosq Lodsb Lodsd Cmpsb Scasb Leave Lahf
         Sahf Cmc Clc Stc Cld Std Nop Xlatb Fld Fadd Fmul Fsub Fdiv Fst Fstp Fild Fistp Fist Fcom Fxch Fldz Fld1 Fldpi Fsqrt
         Fnstcw Fldcw Fnstsw Fninit Fnclex Fucomi Fcomi Fcmove Fprem Fxam Fabs Fchs Fisttp Fbld";
-    assert_compared(&counts, names, 5);
+    assert_compared(&counts, names, 3);
 }
 
 #[test]
@@ -414,7 +414,7 @@ fn test_x87_opcodes_random_operands_agree_with_host() {
 
 #[test]
 fn test_two_byte_opcodes_random_operands_agree_with_host() {
-    let counts = compare_map(1, 2000);
+    let counts = compare_map(1, 1200);
     let names = "Movzx Movsx Cmove Cmovl Sete Setg Bt Bts Btr Btc Bsf Bsr Shld Shrd Popcnt Lzcnt Tzcnt Imul Xadd Cmpxchg
         Bswap Nop Movaps Movups Movdqa Movdqu Movapd Movupd Movss Movsd Movd Movq Movlps Movhps Movlpd Movhpd Movhlps Movlhps
         Xorps Xorpd Pxor Pand Pandn Por Orps Andps Andpd Pcmpeqb Pcmpeqw Pcmpeqd Pmovmskb Punpcklbw Punpcklwd Punpckldq
@@ -422,7 +422,7 @@ fn test_two_byte_opcodes_random_operands_agree_with_host() {
         Psllw Psrld Psrad Psllq Pslldq Psrldq Packuswb Packssdw Shufps Shufpd Cvtsi2sd Cvtsi2ss Cvttsd2si Cvtsd2si Cvtss2sd
         Cvtsd2ss Cvtdq2pd Cvtdq2ps Cvttps2dq Addss Addsd Addps Addpd Subsd Mulsd Divsd Divps Minsd Maxss Sqrtsd Sqrtps Ucomisd
         Ucomiss Comisd Comiss Cmpsd Cmpss Cmpps Cmppd Pinsrw Pextrw Ldmxcsr Stmxcsr Movmskpd Haddps Movnti Cmpxchg8b";
-    assert_compared(&counts, names, 15);
+    assert_compared(&counts, names, 3);
 }
 
 #[test]
