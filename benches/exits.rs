@@ -46,6 +46,7 @@ fn ours() -> Duration {
         tempdir: None,
         isolation: uhyve_core::isolation::landlock::FileIsolation::None,
         io_mode: Default::default(),
+        soft: Default::default(),
         debugging: true,
         wrapper: None,
     };

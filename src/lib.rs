@@ -2,15 +2,18 @@
 //!
 //! The rooms: [`vm`] builds a machine and runs it to its end, [`vcpu`] is what its threads do. Below them are [`memory`],
 //! [`paging`], [`registers`] and the back ends in [`backend`], with the instruction emulator [`x86`]. [`boot`] loads images;
-//! [`hypercall`], [`isolation`] and [`devices`] are what the guest talks to; [`stats`] counts. [`debug`] stops the world.
+//! [`hypercall`], [`isolation`] and [`devices`] are what the guest talks to; [`stats`] counts. [`debug`] stops the world, and [`gdb`]
+//! shows it to gdb and LLDB.
 //! The Python module is in `py`, behind the feature `python`; nothing else knows Python. [`error`] is everybody's.
 
 pub mod backend;
 pub mod boot;
+pub mod code_lines;
 pub mod debug;
 pub mod demo;
 pub mod devices;
 pub mod error;
+pub mod gdb;
 pub mod hypercall;
 pub mod isolation;
 pub mod memory;

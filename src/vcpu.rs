@@ -9,9 +9,11 @@ use std::sync::{Arc, MutexGuard};
 use crate::backend::{Exit, GuestDebug, Vcpu};
 use crate::debug::engine::{Command, End, Plan};
 use crate::debug::stop::{Event, StopReason};
+use crate::debug::watching::Watching;
 use crate::devices::pci::{self, Firmware};
 use crate::error::{Crash, CrashReason, Error, Result};
 use crate::hypercall::{self, Call, Outcome, Request};
+use crate::memory::record_writes;
 use crate::paging::{self, PagingMode};
 use crate::registers::{CR0_PE, RDI};
 use crate::stats::ExitKind;
@@ -32,11 +34,17 @@ pub struct Context {
     pub(crate) armed: Option<u64>,
     /// How it is armed.
     pub(crate) debug: GuestDebug,
+    /// What it knows of watchpoints.
+    pub(crate) watching: Watching,
 }
 
 #[derive(Clone, Copy)]
 pub(crate) struct PendingCall {
     call: Call,
+    /// Its number: the port that it came by.
+    port: u16,
+    /// The world has stopped for it, before its answer.
+    was_caught: bool,
     data: u32,
     size: usize,
     rdi: u64,
@@ -47,7 +55,14 @@ pub(crate) struct PendingCall {
 impl Context {
     /// A vCPU that has not run.
     pub fn new(cpu: Box<dyn Vcpu>) -> Self {
-        Self { cpu, passed: None, calls: VecDeque::new(), armed: None, debug: GuestDebug::default() }
+        Self {
+            cpu,
+            passed: None,
+            calls: VecDeque::new(),
+            armed: None,
+            debug: GuestDebug::default(),
+            watching: Watching::default(),
+        }
     }
 }
 
@@ -146,12 +161,15 @@ impl<'a> Seat<'a> {
     }
 
     fn run(&mut self, plan: Plan) -> Result<()> {
-        if plan == Plan::Step {
-            self.step_by_plan()?;
-        } else {
-            self.run_guest()?;
+        match plan {
+            Plan::Step => self.step_by_plan(0..0)?,
+            Plan::StepRange { start, end } => self.step_by_plan(start..end)?,
+            Plan::Run | Plan::Hold => self.run_guest()?,
         }
-        self.settle_io()
+        self.settle_io()?;
+        self.judge()?;
+        self.context().cpu.park();
+        Ok(())
     }
 
     fn run_guest(&mut self) -> Result<()> {
@@ -159,12 +177,17 @@ impl<'a> Seat<'a> {
             return Ok(());
         }
         loop {
-            if self.machine.engine.is_requested(self.number) {
+            if self.judge()? == Flow::Leave || self.machine.engine.is_requested(self.number) {
                 return Ok(());
             }
-            self.arm()?;
-            let exit = self.context().cpu.run()?;
-            if self.handle(exit)? == Flow::Leave {
+            let flow = if self.is_watching_by_steps() {
+                self.run_watched()?
+            } else {
+                self.arm()?;
+                let exit = self.context().cpu.run()?;
+                self.handle(exit)?
+            };
+            if flow == Flow::Leave {
                 return Ok(());
             }
         }
@@ -238,7 +261,7 @@ impl<'a> Seat<'a> {
         };
         self.machine.stats.count_hypercall(self.number, call.kind());
         let rdi = if call.needs_rdi() { self.context().cpu.registers()?.general[RDI] } else { 0 };
-        self.call(PendingCall { call, data: value, size: usize::from(size), rdi, progress: 0 })
+        self.call(PendingCall { call, port, was_caught: false, data: value, size: usize::from(size), rdi, progress: 0 })
     }
 
     /// String output. Bytes for the console are text like any other; no other port takes strings.
@@ -251,7 +274,15 @@ impl<'a> Seat<'a> {
                 for byte in text {
                     machine.stats.count_hypercall(self.number, call.kind());
                     let data = byte.into();
-                    flow = self.call(PendingCall { call, data, size: 1, rdi: byte.into(), progress: 0 })?;
+                    flow = self.call(PendingCall {
+                        call,
+                        port,
+                        was_caught: false,
+                        data,
+                        size: 1,
+                        rdi: byte.into(),
+                        progress: 0,
+                    })?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),
@@ -269,6 +300,13 @@ impl<'a> Seat<'a> {
 
     fn dispatch(&mut self, mut pending: PendingCall) -> Result<Flow> {
         let (machine, number) = (self.machine, self.number);
+        let is_caught = machine.catches(pending.port.into());
+        if is_caught && !pending.was_caught {
+            pending.was_caught = true;
+            self.context().calls.push_front(pending);
+            return self.caught(pending.port, true);
+        }
+        let watched = self.snapshot()?;
         let cpu = &mut self.context().cpu;
         let mut mode: Option<Option<PagingMode>> = None;
         let mut translate = |address: u64| {
@@ -276,7 +314,7 @@ impl<'a> Seat<'a> {
             let found = paging::translate(&machine.memory, mode.as_ref()?, address).ok()?;
             Some((found.physical, found.remaining))
         };
-        let outcome = machine.services.dispatch(&mut Request {
+        let mut request = Request {
             call: pending.call,
             data: pending.data,
             size: pending.size,
@@ -284,8 +322,16 @@ impl<'a> Seat<'a> {
             translate: &mut translate,
             cancelled: &|| machine.engine.is_requested(number),
             progress: &mut pending.progress,
-        });
+        };
+        let outcome = if watched.is_empty() {
+            machine.services.dispatch(&mut request)
+        } else {
+            let (outcome, written) = record_writes(|| machine.services.dispatch(&mut request));
+            self.note_changes(watched, &written)?;
+            outcome
+        };
         match outcome {
+            Outcome::Done if is_caught => self.caught(pending.port, false),
             Outcome::Done => Ok(Flow::Continue),
             Outcome::Exit(code) => self.exit(code),
             Outcome::Interrupted => {
@@ -297,6 +343,13 @@ impl<'a> Seat<'a> {
                 Err(Error::Host { what: "a host call on behalf of the guest failed".into(), source })
             }
         }
+    }
+
+    /// Stops the world for a hypercall, before or after its answer.
+    fn caught(&mut self, port: u16, entry: bool) -> Result<Flow> {
+        self.settle_io()?;
+        let pc = self.context().cpu.registers()?.rip;
+        self.stop(pc, StopReason::Hypercall { number: port.into(), entry })
     }
 
     /// Makes an interrupted hypercall again. Nothing of the guest runs before it is done.
@@ -356,7 +409,7 @@ impl<'a> Seat<'a> {
 
     /// Tells the engine of something that stops the world.
     pub fn stop(&mut self, pc: u64, reason: StopReason) -> Result<Flow> {
-        self.machine.engine.stop(Event { vcpu: self.number, pc, reason });
+        self.machine.engine.stop(Event::new(self.number, pc, reason));
         Ok(Flow::Leave)
     }
 }

@@ -8,16 +8,20 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use self::input::GuestInput;
-use crate::backend::{self, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
+use crate::backend::soft::clock::ClockKind;
+use crate::backend::soft::machine::SoftOptions;
+use crate::backend::{self, Backend, Capabilities, Choice, Coalesced, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Image, Layout};
 use crate::debug::breakpoints::{Breakpoint, BreakpointOptions, Condition, SiteKind, Table};
+use crate::debug::catch::Catch;
 use crate::debug::engine::{self, End, Engine, Owner, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::debug::symbols::SymbolTable;
 use crate::debug::view::View;
+use crate::debug::watchpoints::{Watch, WatchAccess, WatchKind};
 use crate::devices::pci::{self, Pci};
 use crate::devices::pump::Pump;
 use crate::devices::serial::{Output, Serial};
@@ -80,10 +84,49 @@ pub struct Config {
     pub isolation: FileIsolation,
     /// Flags for host files.
     pub io_mode: IoMode,
+    /// What only the software back end can do; asking for any of it asks for that back end.
+    pub soft: SoftConfig,
     /// Begin with a stop, and let the guest's end be one.
     pub debugging: bool,
     /// Wraps vCPU threads.
     pub wrapper: Option<ThreadWrapper>,
+}
+
+/// What a user chooses of the software back end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SoftConfig {
+    /// All that is left to chance follows from it: the interleaving of the vCPUs, random numbers, the load address, the
+    /// time of day. The same seed gives the same execution.
+    pub seed: Option<u64>,
+    /// Instructions of a vCPU's turn, on average.
+    pub quantum: Option<u64>,
+    /// What time goes by; virtual time if not given.
+    pub clock: Option<ClockKind>,
+}
+
+/// The time at which a machine with a seed boots: 1 January 2026, in seconds since 1970.
+const SEEDED_EPOCH: u64 = 1_767_225_600;
+
+impl SoftConfig {
+    /// The back end that is chosen, and its options. `chance` gives random numbers where there is no seed.
+    fn choose(&self, backend: &str, chance: &mut dyn FnMut() -> u64) -> Result<(Choice, SoftOptions)> {
+        let is_asked_for = *self != Self::default();
+        let is_soft = is_asked_for && backend == "auto";
+        let choice = backend::choose(if is_soft { "soft" } else { backend })?;
+        if is_asked_for && choice.name != "soft" {
+            let text = format!("seed, quantum and clock are for backend \"soft\", not for {:?}", choice.name);
+            return Err(Error::Config(text));
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let options = SoftOptions {
+            seed: self.seed.unwrap_or(0),
+            random: self.seed.unwrap_or_else(|| if choice.name == "soft" { chance() } else { 0 }),
+            quantum: self.quantum.unwrap_or(0),
+            clock: self.clock.unwrap_or_default(),
+            epoch: if self.seed.is_some() { SEEDED_EPOCH } else { now.as_secs() },
+        };
+        Ok((choice, options))
+    }
 }
 
 /// A built machine.
@@ -107,6 +150,8 @@ pub struct Machine {
     /// Breakpoints.
     pub table: RwLock<Table>,
     generation: AtomicU64,
+    catch: Catch,
+    controller: Mutex<Option<String>>,
     resuming: Mutex<()>,
     contexts: Vec<Mutex<Option<Context>>>,
     coalesced: Option<Arc<dyn Coalesced>>,
@@ -133,14 +178,21 @@ impl Machine {
         let console =
             Serial::new(config.output).map_err(|source| Error::Host { what: "console output".into(), source })?;
         let console = Arc::new(console);
-        let guest = GuestInput::new(&image, config.kernel_args, config.args, config.environment, config.files)?;
+        let mut guest = GuestInput::new(&image, config.kernel_args, config.args, config.environment, config.files)?;
+        let (choice, soft) = config.soft.choose(&config.backend, &mut random)?;
+        log::info!("back end {}: {}", choice.name, choice.reason);
+        let mut chance: Box<dyn FnMut() -> u64> = Box::new(random);
+        if let Some(seed) = config.soft.seed {
+            guest.boot_at(SEEDED_EPOCH);
+            chance = Box::new(seeded(seed));
+        }
         let mut parameters = guest.parameters(cpus);
         let tree = boot::device_tree_size(&parameters)?;
-        let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut random)?;
+        let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut chance)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
         let coalesced_ports = vec![(CONSOLE_PORT, 1), (pci::ADDRESS, 4)];
-        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports };
-        let backend = backend::open(&config.backend, &memory, &options)?;
+        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, soft };
+        let backend = backend::open(choice.name, &memory, &options)?;
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
         enter_image(&boot::load(&image, &layout, &memory, &parameters)?, &mut vcpus)?;
@@ -157,6 +209,8 @@ impl Machine {
             engine: Engine::new(cpus, debugging),
             table: RwLock::new(Table::default()),
             generation: AtomicU64::new(0),
+            catch: Catch::default(),
+            controller: Mutex::new(None),
             resuming: Mutex::new(()),
             coalesced: backend.coalesced(),
             pump: Pump::default(),
@@ -357,6 +411,31 @@ impl Machine {
         options: BreakpointOptions,
         condition: Condition,
     ) -> Result<Arc<Breakpoint>> {
+        self.add(address, None, options, condition)
+    }
+
+    /// Sets a watchpoint on `length` bytes at guest-virtual `address`. From the moment that this returns it holds on
+    /// every vCPU. Numbers are shared with breakpoints; of the options, `hardware` means nothing here.
+    pub fn add_watchpoint(
+        &self,
+        address: u64,
+        length: u64,
+        access: WatchAccess,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
+        let breakpoint = self.add(address, Some(Watch::new(address, length, access)?), options, condition)?;
+        self.refresh_watches();
+        Ok(breakpoint)
+    }
+
+    fn add(
+        &self,
+        address: u64,
+        watch: Option<Watch>,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Result<Arc<Breakpoint>> {
         if options.vcpu.is_some_and(|n| n >= self.cpus()) {
             return Err(Error::Breakpoint(format!(
                 "there is no vCPU {}; this VM has {}",
@@ -364,7 +443,7 @@ impl Machine {
                 self.cpus()
             )));
         }
-        self.change_table(|t| t.add(address, options, condition), |t, b| t.remove(b))
+        self.change_table(|t| t.add(address, watch, options, condition), |t, b| t.remove(b))
     }
 
     /// Enables or disables a breakpoint.
@@ -384,13 +463,49 @@ impl Machine {
         self.change_table(|t| t.remove(breakpoint), |_, ()| ())
     }
 
-    /// All breakpoints, by number.
+    /// How an enabled watchpoint is made.
+    pub fn watch_kind(&self, breakpoint: &Breakpoint) -> Option<WatchKind> {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).watch_kind(breakpoint).cloned()
+    }
+
+    /// The enabled watchpoints, and whether one of them needs every instruction to be executed by itself.
+    pub(crate) fn watches(&self) -> (Arc<[Arc<Breakpoint>]>, bool) {
+        self.table.read().unwrap_or_else(|e| e.into_inner()).watches()
+    }
+
+    /// Looks at what is watched, so that the next access is compared with what is there now.
+    fn refresh_watches(&self) {
+        let (watches, _) = self.watches();
+        if watches.is_empty() {
+            return;
+        }
+        let mut guard = self.lock_context(vcpu::current(self).unwrap_or(0));
+        let Some(Ok(system)) = guard.as_mut().map(|c| c.cpu.system_registers()) else { return };
+        let mode = PagingMode::from(&system);
+        for breakpoint in watches.iter() {
+            if let Some(watch) = &breakpoint.watch {
+                *watch.seen() = Some(self.view().read_vec(&mode, breakpoint.address, watch.length));
+            }
+        }
+    }
+
+    /// All breakpoints and watchpoints, by number.
     pub fn breakpoints(&self) -> Vec<Arc<Breakpoint>> {
         self.table.read().unwrap_or_else(|e| e.into_inner()).breakpoints()
     }
 
     /// Resumes by a plan, unless something that was found before and not reported still holds: that is the next stop.
     pub fn resume(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.resume_by(plan, false)
+    }
+
+    /// The same for a client that takes its breakpoints away while it steps one vCPU: what others that hold have found
+    /// waits until they may go on.
+    pub(crate) fn resume_chosen(&self, plan: impl Fn(u32) -> Plan) -> Result<()> {
+        self.resume_by(plan, true)
+    }
+
+    fn resume_by(&self, plan: impl Fn(u32) -> Plan, keeps_held: bool) -> Result<()> {
         self.check_owner()?;
         if vcpu::is_own_thread(self) {
             return Err(Error::VmState(
@@ -402,24 +517,79 @@ impl Machine {
         let stop = self.engine.check_stopped()?;
         self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
-        if self.engine.report_pending(|event| self.still_holds(event))?.is_some() {
+        let holds = |vcpu| keeps_held && plan(vcpu) == Plan::Hold;
+        if self.engine.report_pending(holds, |event| self.still_holds(event))?.is_some() {
             return Ok(());
         }
+        self.refresh_watches();
+        self.announce(&|n| plan(n) != Plan::Hold);
         self.engine.resume(plan)?;
         self.pump.wake();
         Ok(())
     }
 
-    /// Whether an event that waited is still true: its vCPU stands where it stood, and its breakpoint is there.
-    fn still_holds(&self, event: &Event) -> bool {
-        let breakpoint = match &event.reason {
-            StopReason::Breakpoint { breakpoint, .. } => breakpoint,
-            StopReason::Exit { .. } | StopReason::Crash(_) | StopReason::Exception { .. } => return true,
-            _ => return false,
-        };
+    /// Tells the back end which vCPUs are about to run.
+    fn announce(&self, runs: &dyn Fn(u32) -> bool) {
+        if let Some(backend) = self.backend.lock().unwrap_or_else(|e| e.into_inner()).as_ref() {
+            backend.resuming(runs);
+        }
+    }
+
+    /// Whether an event that waited is still true: its vCPU stands where it stood, and a breakpoint that it is about is
+    /// there; an access to what is watched stays true. Its reason becomes the first that is.
+    fn still_holds(&self, event: &mut Event) -> bool {
         let mut guard = self.lock_context(event.vcpu);
-        let Some(context) = guard.as_mut() else { return false };
-        breakpoint.is_enabled() && context.cpu.registers().is_ok_and(|r| r.rip == event.pc)
+        let at_pc = guard.as_mut().is_some_and(|c| c.cpu.registers().is_ok_and(|r| r.rip == event.pc));
+        let holds = |reason: &StopReason| match reason {
+            StopReason::Breakpoint { breakpoint, .. } => breakpoint.is_enabled() && at_pc,
+            StopReason::Watchpoint { breakpoint, .. } => breakpoint.is_enabled(),
+            StopReason::Exit { .. }
+            | StopReason::Crash(_)
+            | StopReason::Exception { .. }
+            | StopReason::Hypercall { .. } => true,
+            _ => false,
+        };
+        let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
+        let known =
+            std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
+        let is_newer = |b: &Arc<Breakpoint>| Some(b.id) > known;
+        if let (None, Some(context), true) = (&found, guard.as_mut(), at_pc)
+            && self.breakpoints_at(event.pc).is_some_and(|(_, breakpoints)| breakpoints.iter().any(is_newer))
+        {
+            // A client takes its breakpoints away and sets them again: what is there now has not been asked.
+            context.passed = None;
+        }
+        found.map(|reason| event.reason = reason).is_some()
+    }
+
+    /// What a front end does about a stop that it has found without waiting: [`Machine::wait`] does it by itself.
+    pub(crate) fn after_stop(&self, stop: &Stop) {
+        let flushed = self.drain(0, &|| true).map(|()| self.console.flush(&|| true));
+        if let Err(error) = flushed {
+            log::warn!("console output: {error}");
+        }
+        self.finish_stop(stop);
+    }
+
+    /// Who else decides when the guest runs: a client of the server for gdb.
+    pub fn controller(&self) -> Option<String> {
+        self.controller.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Names who decides when the guest runs.
+    pub(crate) fn set_controller(&self, client: Option<String>) {
+        *self.controller.lock().unwrap_or_else(|e| e.into_inner()) = client;
+    }
+
+    /// Stops at these hypercalls; `Some(None)` at all, `None` at none.
+    pub fn catch_hypercalls(&self, wanted: Option<Option<std::collections::HashSet<u64>>>) {
+        self.catch.set(wanted);
+    }
+
+    /// Whether a hypercall stops the world.
+    #[inline]
+    pub(crate) fn catches(&self, number: u64) -> bool {
+        self.catch.wants(number)
     }
 
     /// Waits for the next stop or the end. `check` is called when a signal arrives. `Ok(None)`: the deadline passed.
@@ -432,9 +602,15 @@ impl Machine {
             return Err(Error::VmState("a callback can't wait for the guest: return a decision instead".into()).into());
         }
         let waiter = engine::waiter()?;
-        let status = self.engine.wait_for_stop(deadline, check, &waiter)?;
-        if status.is_some() {
-            self.flush(check)?;
+        let mut status = self.engine.wait_for_stop(deadline, check, &waiter)?;
+        if let Some(found) = &status {
+            self.flush(is_last(found), check)?;
+            if self.console.callback_has_failed() {
+                // The console's thread ends the VM by it, now or in a moment.
+                let failure = std::io::Error::other("the console's callback has failed");
+                self.engine.end(End::Failed(Error::Host { what: "console output".into(), source: failure }));
+                status = Some(self.engine.status());
+            }
         }
         if let Some(Status::Stopped(stop)) = &status {
             self.finish_stop(stop);
@@ -442,18 +618,20 @@ impl Machine {
         Ok(status)
     }
 
-    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that.
-    fn flush<E: From<Error>>(&self, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
+    /// Gives the console all output, waiting for it if need be; a signal whose `check` fails ends that. What a callback
+    /// on another thread is at is waited for when no more output follows.
+    fn flush<E: From<Error>>(&self, is_last: bool, check: &mut dyn FnMut() -> Result<(), E>) -> Result<(), E> {
         self.drain(0, &|| false)?;
         let failure = RefCell::new(None);
         let check = RefCell::new(check);
-        let flushed = self.console.flush(&|| match (check.borrow_mut())() {
+        let cancelled = || match (check.borrow_mut())() {
             Ok(()) => false,
             Err(error) => {
                 *failure.borrow_mut() = Some(error);
                 true
             }
-        });
+        };
+        let flushed = if is_last { self.console.settle(&cancelled) } else { self.console.flush(&cancelled) };
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
@@ -540,7 +718,7 @@ impl Machine {
 
     /// A temporary breakpoint is gone once it has stopped the world.
     fn finish_stop(&self, stop: &Stop) {
-        if let StopReason::Breakpoint { breakpoint, .. } = &stop.reason
+        if let StopReason::Breakpoint { breakpoint, .. } | StopReason::Watchpoint { breakpoint, .. } = &stop.reason
             && breakpoint.options.temporary
             && let Err(error) = self.delete_breakpoint(breakpoint)
         {
@@ -568,6 +746,7 @@ impl Machine {
         for breakpoint in self.breakpoints() {
             self.delete_breakpoint(&breakpoint)?;
         }
+        self.announce(&|_| true);
         self.engine.detach()?;
         self.pump.wake();
         Ok(())
@@ -608,6 +787,15 @@ impl Machine {
         drop(self.backend.lock().unwrap_or_else(|e| e.into_inner()).take());
         self.memory.release();
         self.services.files().remove_scratch();
+    }
+}
+
+/// Whether the guest does nothing after this.
+fn is_last(status: &Status) -> bool {
+    match status {
+        Status::Running => false,
+        Status::Stopped(stop) => stop.reason.is_final(),
+        Status::Ended(_) => true,
     }
 }
 
@@ -653,6 +841,18 @@ fn enter_image(state: &BootState, vcpus: &mut [Box<dyn Vcpu>]) -> Result<()> {
 fn enter(system: &mut SystemRegisters, boot: &SystemRegisters) {
     (system.cs, system.ds, system.es, system.ss) = (boot.cs, boot.ds, boot.es, boot.ss);
     (system.gdt, system.cr0, system.cr3, system.cr4, system.efer) = (boot.gdt, boot.cr0, boot.cr3, boot.cr4, boot.efer);
+}
+
+/// Numbers that a seed gives (xorshift64*).
+fn seeded(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
+    move || {
+        state = if state == 0 { 1 } else { state };
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
 }
 
 /// 64 random bits of the kernel.

@@ -8,6 +8,7 @@ __all__ = [
     "CONDITION_OPCODES",
     "CONDITION_REGISTERS",
     "Breakpoint",
+    "GdbServer",
     "Hit",
     "Image",
     "Machine",
@@ -15,7 +16,9 @@ __all__ = [
     "Registers",
     "__version__",
     "evaluate_condition",
+    "choose_backend",
     "probe_kvm",
+    "probe_soft",
 ]
 
 _CompiledParts: TypeAlias = tuple[str, bytes, list[int]]
@@ -26,6 +29,15 @@ CONDITION_OPCODES: Final[dict[str, int]]
 """The opcodes of conditions by name."""
 CONDITION_REGISTERS: Final[dict[str, int]]
 """The registers of conditions by name, with the numbers that bytecode uses."""
+
+def choose_backend(name: str) -> tuple[str, str]:
+    """The back end that a VM with ``backend=name`` gets, ``"kvm"`` or ``"soft"``, and why, in words.
+
+    Raises ``ConfigError`` for an unknown name.
+    """
+
+def probe_soft() -> dict[str, Any]:
+    """What the software CPU can do, in the form of ``probe_kvm``."""
 
 def probe_kvm() -> dict[str, Any]:
     """What KVM on this machine really does, found out with small guests; once in a process.
@@ -118,6 +130,22 @@ class Machine:
         hardware: bool,
     ) -> Breakpoint:
         """Sets a breakpoint. From the moment that this returns it holds on every vCPU."""
+    def add_watchpoint(
+        self,
+        address: int,
+        size: int,
+        access: str,
+        *,
+        location: str,
+        compiled: _CompiledParts | None,
+        predicate: Callable[[Hit], object] | None,
+        ignore: int,
+        temporary: bool,
+        vcpu: int | None,
+        enabled: bool,
+        name: str | None,
+    ) -> Breakpoint:
+        """Sets a watchpoint. From the moment that this returns it holds on every vCPU."""
     def set_condition(
         self,
         breakpoint: Breakpoint,
@@ -156,8 +184,26 @@ class Machine:
         """Seconds from the start to now, or to the end."""
 
 @final
+class GdbServer:
+    """A server for gdb. The package's ``GdbServer`` is made of this."""
+
+    def __new__(cls, machine: Machine, address: str, bridge: object, overridden: set[str]) -> GdbServer:
+        """Listens at ``address``. ``bridge`` answers for the policy; it is asked the ``overridden`` methods."""
+    @property
+    def address(self) -> str:
+        """Where it listens: "HOST:PORT", a path, or "-"."""
+    @property
+    def client(self) -> str | None:
+        """The client that is attached."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the guest has ended and no client is attached, or the server is closed. False: time is over."""
+    def take_failure(self) -> BaseException | None:
+        """The oldest exception that the policy has raised and nobody has seen."""
+    def close(self) -> None:
+        """Stops listening and drops the client."""
+
 class Breakpoint:
-    """A breakpoint of a machine."""
+    """A breakpoint or watchpoint of a machine."""
 
     @property
     def id(self) -> int:
@@ -199,6 +245,12 @@ class Breakpoint:
     def delete(self) -> None:
         """Deletes it; the guest's code is as it was."""
     @property
+    def size(self) -> int | None:
+        """Bytes that a watchpoint watches; None for a breakpoint."""
+    @property
+    def access(self) -> Literal["write", "read", "access"] | None:
+        """What fires a watchpoint; None for a breakpoint."""
+    @property
     def kind(self) -> Literal["int3", "debug register", "single-step"] | None:
         """How the guest is made to leave there; None while disabled."""
     @property
@@ -209,7 +261,7 @@ class Breakpoint:
 
 @final
 class Hit:
-    """A vCPU that met a breakpoint. Usable only inside the callback that got it."""
+    """A vCPU that met a breakpoint, or has touched what is watched. Usable only inside the callback that got it."""
 
     @property
     def vcpu(self) -> int:
@@ -219,7 +271,19 @@ class Hit:
         """Where it is."""
     @property
     def breakpoint(self) -> Breakpoint:
-        """The breakpoint."""
+        """The breakpoint or watchpoint."""
+    @property
+    def address(self) -> int | None:
+        """Of a watchpoint: the first watched byte that was accessed, as far as that is known. Else None."""
+    @property
+    def access(self) -> Literal["write", "read"] | None:
+        """Of a watchpoint: what was done. Else None."""
+    @property
+    def old(self) -> int | bytes | None:
+        """Of a watchpoint: what was there before; a number of up to 8 bytes, else bytes; None if it was not mapped."""
+    @property
+    def new(self) -> int | bytes | None:
+        """Of a watchpoint: what is there now, as ``old``."""
     @property
     def symbol(self) -> str | None:
         """``"symbol+0x10"`` for ``pc``, if known."""

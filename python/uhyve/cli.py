@@ -29,6 +29,7 @@ __all__ = [
     "EXIT_CRASH",
     "EXIT_HOST",
     "EXIT_INTERRUPT",
+    "EXIT_KILLED",
     "EXIT_PIPE",
     "EXIT_SCRIPT",
     "EXIT_TIMEOUT",
@@ -48,13 +49,15 @@ EXIT_INTERRUPT = 130
 """Ctrl-C."""
 EXIT_CRASH = 134
 """The guest crashed."""
+EXIT_KILLED = 137
+"""A gdb client killed the guest."""
 EXIT_PIPE = 141
 """Nobody reads the standard output any more."""
 
 _EXIT_CODES = f"""\
 The exit status is the guest's exit code (its lowest 8 bits), or {EXIT_USAGE} for wrong usage, configuration or image,
 {EXIT_TIMEOUT} when --timeout is over, {EXIT_HOST} if the host fails, {EXIT_INTERRUPT} after Ctrl-C, {EXIT_CRASH} if the
-guest crashes."""
+guest crashes, {EXIT_KILLED} if gdb kills it."""
 
 _ARGUMENTS = """\
 Words after IMAGE are arguments of the application. If there is a "--" among them, those before it are arguments of the
@@ -87,10 +90,10 @@ _VALUES = {
     "memory.memory_size": "memory_size",
     "cpu.cpu_count": "cpu_count",
     "cpu.affinity": "affinity",
+    "uhyve.gdb_port": "gdb_port",
 }
 _ISOLATION = ("none", "normal", "strict")
 _MISSING = {
-    "gdb_port": "has no server for gdb yet; 'uhyve debug' and uhyve.Vm(…).debug() debug a guest",
     "net": "has no network yet",
     "trace_dir": "does not trace",
 }
@@ -103,6 +106,17 @@ class Settings:
     values: dict[str, Any]
     environment: dict[str, str] | str
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gdb_port(self) -> int | None:
+        """Where to wait for gdb."""
+        value = self.values.get("gdb_port")
+        if value is None:
+            return None
+        text = str(value).removeprefix("=")
+        if not text.isdecimal() or int(text) > 0xFFFF:
+            raise Failure(f"--gdb-port {text!r} is no port: write -s=PORT, or -s -- IMAGE for port 6677")
+        return int(text)
 
     @property
     def stats(self) -> bool:
@@ -189,7 +203,12 @@ def _setting(file: Path, name: str, value: Any) -> dict[str, Any]:
             raise Failure(f"{file}: {name} must be true or false, not {value!r}")
         return {_BOOLEANS[name]: value}
     if name in _VALUES:
-        kinds = {"memory.memory_size": (str, int), "cpu.cpu_count": (int,), "cpu.affinity": (str, list)}
+        kinds = {
+            "memory.memory_size": (str, int),
+            "cpu.cpu_count": (int,),
+            "cpu.affinity": (str, list),
+            "uhyve.gdb_port": (int,),
+        }
         if isinstance(value, bool) or not isinstance(value, kinds.get(name, (str,))):
             raise Failure(f"{file}: {name} can't be {value!r}")
         return {_VALUES[name]: value}
@@ -312,7 +331,15 @@ def _vm_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--io-mode", metavar="host=MODE", help="Host files: direct, sync or direct,sync."),
         click.option("--config", envvar="HERMIT_CONFIG", metavar="FILE", help="Instead of ./uhyve.toml or the user's."),
         click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="End the guest after S seconds."),
-        click.option("-s", "--gdb-port", envvar="HERMIT_GDB_PORT", is_flag=False, flag_value="6677", hidden=True),
+        click.option(
+            "-s",
+            "--gdb-port",
+            envvar="HERMIT_GDB_PORT",
+            is_flag=False,
+            flag_value="6677",
+            metavar="[PORT]",
+            help="Wait for gdb on loopback [6677] before the first instruction. Write -s=PORT, or -s -- IMAGE.",
+        ),
         click.option("-n", "--net", hidden=True),
         click.option("--trace-dir", is_flag=False, flag_value="./uhyve_trace", hidden=True),
     ]
@@ -341,10 +368,39 @@ def run(image: str, words: tuple[str, ...], timeout: float | None, **flags: Any)
 
 
 def _run(settings: Settings, image: str | uhyve.Image, words: Sequence[str], timeout: float | None) -> int:
-    result = uhyve.Vm(image, **settings.keywords(*split_arguments(words))).run(timeout)
+    vm = uhyve.Vm(image, **settings.keywords(*split_arguments(words)))
+    if (port := settings.gdb_port) is not None:
+        with vm.debug() as dbg:
+            code = _serve(dbg, f"127.0.0.1:{port}", timeout)
+            if settings.stats:
+                _say(str(dbg.stats))
+            return code
+    result = vm.run(timeout)
     if settings.stats:
         _say(str(result.stats))
     return result.code
+
+
+def _serve(dbg: uhyve.Debugger, address: str, timeout: float | None) -> int:
+    """Lets gdb's users control the guest until its end."""
+    server = dbg.serve_gdb(address)
+    if server.address != "-":
+        _say(f"uhyve: waiting for gdb: target remote {server.address}")
+    with server, _user_errors():
+        if not server.wait(timeout):
+            raise uhyve.TimeoutExpired(f"the guest did not end within {timeout:g} s: {dbg!r}")
+    return _exit_code(dbg)
+
+
+def _exit_code(dbg: uhyve.Debugger) -> int:
+    """The status to end with: the guest's code, if it has one."""
+    if dbg.result is not None:
+        return dbg.result.code
+    try:
+        return EXIT_CRASH if not dbg.running and dbg.stop.reason == "crash" else 0
+    except uhyve.VmStateError:
+        # A client has killed it.
+        return EXIT_KILLED
 
 
 @cli.command(cls=_Mixed, epilog=f"{_ARGUMENTS}\n\n{_EXIT_CODES}")
@@ -364,6 +420,11 @@ def _run(settings: Settings, image: str | uhyve.Image, words: Sequence[str], tim
     "-C", "--commands", multiple=True, metavar="CODE", help="Python to run at each stop, with dbg, stop, vm and uhyve."
 )
 @click.option("--batch", is_flag=True, help="No prompt, on a terminal either.")
+@click.option(
+    "--gdb",
+    metavar="ADDRESS",
+    help="Serve gdb at HOST:PORT, PORT on loopback (0: any), unix:PATH, or - (target remote |).",
+)
 @click.argument("image", type=click.Path())
 @click.argument("words", nargs=-1, metavar="[ARGS]...")
 @click.pass_context
@@ -376,6 +437,7 @@ def debug(
     script: str | None,
     commands: tuple[str, ...],
     batch: bool,
+    gdb: str | None,
     timeout: float | None,
     **flags: Any,
 ) -> None:
@@ -386,15 +448,25 @@ def debug(
     goes on until its end.
     """
     settings = _settings(flags)
-    vm = uhyve.Vm(image, **settings.keywords(*split_arguments([*words, *ctx.meta["uhyve.tail"]])))
-    prompt = not batch and sys.stdin.isatty() and sys.stdout.isatty()
+    if gdb is None and settings.gdb_port is not None:
+        gdb = f"127.0.0.1:{settings.gdb_port}"
+    keywords = settings.keywords(*split_arguments([*words, *ctx.meta["uhyve.tail"]]))
+    if gdb == "-" and keywords["output"] == "stdout":
+        # Standard output is the client's.
+        keywords["output"] = _to_standard_error
+    vm = uhyve.Vm(image, **keywords)
+    prompt = not batch and gdb != "-" and sys.stdin.isatty() and sys.stdout.isatty()
     with vm.debug() as dbg:
         session = _Session(vm, dbg, commands, timeout)
         session.set_breakpoints(places)
         if script is not None:
             session.run_script(Path(script))
         if prompt and not session.is_over():
+            if gdb is not None:
+                _say(f"uhyve: gdb: target remote {dbg.serve_gdb(gdb).address}")
             session.interact()
+        elif gdb is not None and not session.is_over():
+            _serve(dbg, gdb, timeout)
         else:
             session.run_to_end()
         code = session.exit_code()
@@ -540,9 +612,7 @@ class _Session:
         if not dbg.attached and dbg.vm.running:
             # The script has detached.
             return dbg.vm.wait(self.timeout).code
-        if dbg.result is not None:
-            return dbg.result.code
-        return EXIT_CRASH if not dbg.running and dbg.stop.reason == "crash" else 0
+        return _exit_code(dbg)
 
 
 def _banner(dbg: uhyve.Debugger) -> str:
@@ -575,6 +645,11 @@ def _registers(stop: uhyve.Stop) -> str:
 def _finish(code: int) -> NoReturn:
     """Ends with an exit code as the operating system takes it."""
     raise click.exceptions.Exit(code & 0xFF)
+
+
+def _to_standard_error(text: bytes) -> None:
+    sys.stderr.buffer.write(text)
+    sys.stderr.buffer.flush()
 
 
 def _say(text: str) -> None:

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from uhyve import _core
     from uhyve._core import Hit, Machine, Memory, Registers
     from uhyve.errors import GuestCrashError
+    from uhyve.gdb_policy import GdbPolicy
+    from uhyve.gdb_server import GdbServer
     from uhyve.vm import Vm, VmResult, VmStats
 
     Callback: TypeAlias = Callable[[Hit], object]
     Condition: TypeAlias = str | Callback | None
-    StopReason: TypeAlias = Literal["entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash", "exception"]
+    Access: TypeAlias = Literal["write", "read", "access"]
+    StopReason: TypeAlias = Literal[
+        "entry", "breakpoint", "watchpoint", "step", "interrupt", "timeout", "exit", "crash", "exception"
+    ]
 else:
 
     def overload(function):
@@ -57,6 +62,7 @@ class Debugger:
         self._reported = 0
         self._result: VmResult | None = None
         self._left: str | None = None
+        self._servers: list[GdbServer] = []
         self._vcpus = tuple(Vcpu(machine, number) for number in range(machine.cpus))
         self._next_stop(None)
 
@@ -129,6 +135,8 @@ class Debugger:
             # What the guest has come to is worth keeping.
             self._settled()
             self._left = "this debugger is closed"
+            for server in self._servers:
+                server.close()
             self._vm._release_machine(self._machine)
 
     def __enter__(self) -> Self:
@@ -171,11 +179,7 @@ class Debugger:
                 return hit.arg(0) > 1 << 20
         """
         self._check()
-        if isinstance(where, str):
-            address, location = self._machine.resolve(where), where
-        else:
-            address = _unsigned("a breakpoint's address", where)
-            location = f"{address:#x}"
+        address, location = self._place("a breakpoint's address", where)
         compiled, predicate = _condition_parts(self._machine, condition)
         core = self._machine.add_breakpoint(
             address,
@@ -191,10 +195,75 @@ class Debugger:
         )
         return self._breakpoint_of(core)
 
+    def watch(
+        self,
+        where: str | int,
+        size: int = 8,
+        access: Access = "write",
+        *,
+        condition: Condition = None,
+        ignore: int = 0,
+        temporary: bool = False,
+        vcpu: int | None = None,
+        enabled: bool = True,
+        name: str | None = None,
+    ) -> Breakpoint:
+        """Sets a watchpoint on ``size`` bytes of data; from the moment that this returns it holds on every vCPU.
+
+        ``access`` is "write" (which need not change the value), "read" or "access" (both). An instruction that reads
+        and writes, writes. The guest stops behind the instruction. What the host writes for a hypercall, such as the
+        contents of a file, counts if it changes something; what a debugger writes does not. Everything else is as for
+        ``breakpoint()``; a ``Hit`` has ``address``, ``access``, ``old`` and ``new`` besides::
+
+            dbg.watch("total", condition=lambda hit: hit.new < hit.old)
+            stop = dbg.cont()
+            print(hex(stop.address), stop.old, stop.new)
+
+        Where debug registers can't do it (more than four aligned pieces, or a hypervisor whose registers notice no
+        data), every vCPU executes one instruction at a time while the watchpoint is enabled, and a warning says so.
+        With debug registers the CPU does not tell a read from a write: a value that has changed was written.
+        """
+        self._check()
+        address, location = self._place("a watchpoint's address", where)
+        compiled, predicate = _condition_parts(self._machine, condition)
+        core = self._machine.add_watchpoint(
+            address,
+            _unsigned("size", size),
+            access,
+            location=location,
+            compiled=compiled,
+            predicate=predicate,
+            ignore=_unsigned("ignore", ignore),
+            temporary=bool(temporary),
+            vcpu=None if vcpu is None else _unsigned("vcpu", vcpu, 32),
+            enabled=bool(enabled),
+            name=name,
+        )
+        return self._breakpoint_of(core)
+
     @property
     def breakpoints(self) -> list[Breakpoint]:
-        """All breakpoints, by number."""
+        """All breakpoints and watchpoints, by number."""
         return [self._breakpoint_of(core) for core in self._machine.breakpoints()]
+
+    # gdb
+
+    def serve_gdb(self, address: str = "127.0.0.1:0", policy: GdbPolicy | None = None) -> GdbServer:
+        """Listens for gdb or LLDB, which may attach now, later or never, and go and come back.
+
+        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for standard
+        input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
+        ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with
+        it.
+
+        Raises ``ConfigError`` for an address that is none, ``OSError`` if it can't be listened at.
+        """
+        from uhyve.gdb_server import GdbServer
+
+        self._check()
+        server = GdbServer(self, address, policy)
+        self._servers.append(server)
+        return server
 
     # What there is to see
 
@@ -279,6 +348,13 @@ class Debugger:
 
     # Inside
 
+    def _place(self, what: str, where: str | int) -> tuple[int, str]:
+        """An address, and what the user called it."""
+        if isinstance(where, str):
+            return self._machine.resolve(where), where
+        address = _unsigned(what, where)
+        return address, f"{address:#x}"
+
     def _check(self) -> None:
         if self._left is not None:
             raise VmStateError(self._left)
@@ -317,7 +393,9 @@ class Debugger:
         return self.stop
 
     def _raise_unreported(self) -> None:
-        """Raises what a callback raised, once, and what has ended the machine meanwhile."""
+        """Raises what a callback or a policy raised, once, and what has ended the machine meanwhile."""
+        for server in self._servers:
+            server._raise_failure()
         status = self._machine.status()
         stop = None if status is None else self._stop_of(status)
         if stop is not None and stop.number > self._reported:
@@ -362,11 +440,30 @@ class Debugger:
                 hits=None if met is None else met.hits,
                 exception=status.get("exception"),
                 crash=crash,
+                address=status.get("address"),
+                access=status.get("access"),
+                old=status.get("old"),
+                new=status.get("new"),
             )
             object.__setattr__(self._stop, "_machine", self._machine)
             if self._stop.code is not None:
                 self._result = result_of(self._machine, self._stop.code)
         return self._stop
+
+    def _restart(self, arguments: list[str] | None) -> Machine:
+        """A fresh machine in the place of this one, stopped at its entry, with the same breakpoints."""
+        self._check()
+        kept = [known for known in self._breakpoints.values() if not known.deleted and known.name != "gdb"]
+        wishes = [(known, known.condition) for known in kept]
+        self._machine = machine = self._vm._relaunch(self._machine, arguments)
+        self._stop, self._result, self._reported = None, None, 0
+        self._vcpus = tuple(Vcpu(machine, number) for number in range(machine.cpus))
+        machine.wait()
+        self._breakpoints = {}
+        for known, condition in wishes:
+            known._move(machine, condition)
+            self._breakpoints[known.id] = known
+        return machine
 
     def _breakpoint_of(self, core: _core.Breakpoint) -> Breakpoint:
         known = self._breakpoints.get(core.id)
@@ -376,7 +473,10 @@ class Debugger:
 
 
 class Breakpoint:
-    """A place in the guest, and a decision which arrivals there stop it. Made by ``Debugger.breakpoint()``."""
+    """A place in the guest, and a decision which arrivals there stop it.
+
+    Made by ``Debugger.breakpoint()``, for code, and by ``Debugger.watch()``, for data.
+    """
 
     __slots__ = ("_core", "_machine")
 
@@ -453,6 +553,16 @@ class Breakpoint:
         return self._core.hits
 
     @property
+    def size(self) -> int | None:
+        """Bytes that a watchpoint watches; None for a breakpoint."""
+        return self._core.size
+
+    @property
+    def access(self) -> Access | None:
+        """What fires a watchpoint: "write", "read" or "access"; None for a breakpoint."""
+        return self._core.access
+
+    @property
     def kind(self) -> str | None:
         """How the guest is made to leave: "int3", "debug register" or "single-step"; None while disabled."""
         return self._core.kind
@@ -465,6 +575,25 @@ class Breakpoint:
     def delete(self) -> None:
         """Deletes it; the guest's code is as it was. Doing so twice is the same as once."""
         self._core.delete()
+
+    def _move(self, machine: Machine, condition: Condition) -> None:
+        """Sets it again in a fresh machine."""
+        compiled, predicate = _condition_parts(machine, condition)
+        is_address = self.location == f"{self.address:#x}"
+        core = self._core
+        self._core = machine.add_breakpoint(
+            self.address if is_address else machine.resolve(self.location),
+            location=self.location,
+            compiled=compiled,
+            predicate=predicate,
+            ignore=core.ignore,
+            temporary=core.temporary,
+            vcpu=core.vcpu,
+            enabled=core.enabled,
+            name=core.name,
+            hardware=core.kind == "debug register",
+        )
+        self._machine = machine
 
     def __call__(self, condition: Callback) -> Self:
         """Makes a callable the condition: ``@dbg.breakpoint("main")``."""
@@ -485,7 +614,9 @@ class Breakpoint:
         condition = self.condition
         wish = "" if condition is None else f" if {condition if isinstance(condition, str) else repr(condition)}"
         state = "" if self.enabled else ", deleted" if self.deleted else ", disabled"
-        return f"<Breakpoint {self.id}{name} at {place}{wish}: {self.hits} of {self.reached} hits{state}>"
+        watched = "" if self.size is None else f", {self.access} of {self.size} bytes"
+        kind = "Breakpoint" if self.size is None else "Watchpoint"
+        return f"<{kind} {self.id}{name} at {place}{watched}{wish}: {self.hits} of {self.reached} hits{state}>"
 
 
 class Vcpu:
@@ -577,13 +708,17 @@ class Stop(Record):
 
     __slots__ = (
         "_machine",
+        "access",
+        "address",
         "breakpoint",
         "code",
         "crash",
         "exception",
         "hits",
         "message",
+        "new",
         "number",
+        "old",
         "pc",
         "reason",
         "symbol",
@@ -601,16 +736,20 @@ class Stop(Record):
         "hits",
         "exception",
         "crash",
+        "address",
+        "access",
+        "old",
+        "new",
     )
 
     reason: StopReason
-    """One of "entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash" or "exception"."""
+    """One of "entry", "breakpoint", "watchpoint", "step", "interrupt", "timeout", "exit", "crash" or "exception"."""
     vcpu: int
     """The number of the vCPU that it is about."""
     pc: int
     """The address of that vCPU's next instruction."""
     breakpoint: Breakpoint | None
-    """The breakpoint that stopped it, or whose callback raised."""
+    """The breakpoint or watchpoint that stopped it, or whose callback raised."""
     code: int | None
     """The exit code of a guest that ended itself."""
     symbol: str | None
@@ -625,6 +764,14 @@ class Stop(Record):
     """What a callback raised."""
     crash: GuestCrashError | None
     """How the guest crashed."""
+    address: int | None
+    """Of a watchpoint: the first watched byte that was accessed, as far as that is known."""
+    access: Literal["write", "read"] | None
+    """Of a watchpoint: what was done."""
+    old: int | bytes | None
+    """Of a watchpoint: what was there before; a number of up to 8 bytes, else bytes; None if it was not mapped."""
+    new: int | bytes | None
+    """Of a watchpoint: what is there now, as ``old``."""
     _machine: Machine
 
     def __init__(
@@ -640,8 +787,15 @@ class Stop(Record):
         hits: int | None = None,
         exception: BaseException | None = None,
         crash: GuestCrashError | None = None,
+        address: int | None = None,
+        access: Literal["write", "read"] | None = None,
+        old: int | bytes | None = None,
+        new: int | bytes | None = None,
     ) -> None:
-        self._fill(reason, vcpu, pc, breakpoint, code, symbol, message, number, hits, exception, crash)
+        self._fill(
+            *(reason, vcpu, pc, breakpoint, code, symbol, message, number, hits, exception, crash),
+            *(address, access, old, new),
+        )
 
     @property
     def frame(self) -> Frame:
@@ -660,12 +814,25 @@ class Stop(Record):
     def _why(self) -> str:
         if self.breakpoint is None:
             return self.reason
-        title = f"breakpoint {self.breakpoint.id}"
+        title = f"{'breakpoint' if self.breakpoint.size is None else 'watchpoint'} {self.breakpoint.id}"
         if self.breakpoint.name:
             title += f" ({self.breakpoint.name})"
         if self.exception is not None:
             return f"the callback of {title} raised {type(self.exception).__name__}: {self.exception}"
-        return f"{title}, hit {self.hits}" if self.message is None else f"{title}: {self.message}"
+        if self.message is not None:
+            return f"{title}: {self.message}"
+        hit = f"{title}, hit {self.hits}"
+        if self.address is None:
+            return hit
+        if self.old == self.new:
+            return f"{hit}: {self.access} at {self.address:#x}, value {_value(self.new)}"
+        return f"{hit}: {self.access} at {self.address:#x}, {_value(self.old)} → {_value(self.new)}"
+
+
+def _value(watched: int | bytes | None) -> str:
+    if isinstance(watched, int):
+        return f"{watched:#x}"
+    return "not mapped" if watched is None else f"0x{watched.hex()}" if len(watched) <= 16 else f"{len(watched)} bytes"
 
 
 def _symbol(machine: Machine, address: int) -> str | None:

@@ -69,11 +69,11 @@ def diagnose(device: str = "/dev/kvm") -> Diagnosis:
     capabilities, trouble = _probe()
     modules = [name for name in _MODULES if Path("/sys/module", name).is_dir()]
     kind = _kind(capabilities, modules)
-    findings = [_kernel(), _cpu(), _device(Path(device)), _modules(modules, kind)]
+    findings = [_kernel(), _cpu(), _back_end(), _device(Path(device)), _modules(modules, kind)]
     if capabilities:
         findings += _debugging(capabilities)
-    elif all(finding.level != "error" for finding in findings):
-        findings.append(Finding("probe guests", "did not run", "error", trouble))
+    elif all(finding.level == "ok" for finding in findings[:4]):
+        findings.append(Finding("probe guests", "did not run", "warning", trouble))
     findings += [_huge_pages(), _landlock()]
     return Diagnosis(__version__, kind, capabilities, tuple(findings))
 
@@ -118,21 +118,35 @@ def _cpu() -> Finding:
     return Finding("CPU", f"{facts.get('model name', 'unknown')} ({count} usable, {extension}{virtual})")
 
 
+def _back_end() -> Finding:
+    """What ``backend="auto"`` comes to, and why."""
+    wanted = os.environ.get("UHYVE_BACKEND") or "auto"
+    try:
+        name, reason = _core.choose_backend(wanted)
+    except UhyveError as error:
+        return Finding("back end", f"UHYVE_BACKEND={wanted}", "error", str(error))
+    chosen = " (by UHYVE_BACKEND)" if wanted != "auto" else ""
+    value = {"kvm": "kvm", "soft": "soft, the software CPU"}[name] + chosen
+    if wanted != "auto":
+        return Finding("back end", value, "note", "unset UHYVE_BACKEND to have the better one chosen")
+    return Finding("back end", value, "ok", reason)
+
+
 def _device(path: Path) -> Finding:
     name = str(path)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            return Finding(name, "no permission", "error", _permission_advice(path))
+            return Finding(name, "no permission", "warning", _permission_advice(path))
         if error.errno == errno.ENOENT:
             advice = (
                 "load the kernel module (modprobe kvm_intel or kvm_amd), turn virtualisation on in the firmware, "
                 "or give the container the device (--device /dev/kvm)"
             )
-            return Finding(name, "does not exist", "error", advice)
+            return Finding(name, "does not exist", "warning", advice)
         advice = "load kvm_intel or kvm_amd, or turn virtualisation on in the firmware"
-        return Finding(name, f"can't be opened: {error.strerror}", "error", advice)
+        return Finding(name, f"can't be opened: {error.strerror}", "warning", advice)
     return Finding(name, "can be opened")
 
 
@@ -161,7 +175,7 @@ def _modules(modules: list[str], kind: Kind) -> Finding:
         return Finding("KVM", loaded, "note", "what it can do is unknown: no guest could be run")
     advice = (
         "guest kernel code is emulated, at about 1 M instructions/s; SSE and some other instructions go through a "
-        "fallback in user space. Guests run, computing in them is slow: use a machine with VMX or SVM for that"
+        "fallback in user space: backend='soft' is faster, a machine with VMX or SVM much faster"
     )
     return Finding("KVM", value, "warning", advice)
 

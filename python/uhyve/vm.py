@@ -124,7 +124,7 @@ class VmStats(Record):
     vcpus: tuple[VcpuStats, ...]
     """The counters of each vCPU, by number."""
     backend: str
-    """What the vCPUs ran on, ``"kvm"`` for instance."""
+    """What the vCPUs ran on: ``"kvm"`` or ``"soft"``."""
     seconds: float
     """Time from the start to the end of the run, or to now."""
 
@@ -272,7 +272,18 @@ class Vm:
         ``"stdout"``: to file descriptor 1. A ``pathlib.Path``: to that file, which must not exist. A callable: it gets
         whole lines as ``bytes`` while the guest runs, on a thread of the VM. ``"none"`` or None: nowhere.
     ``backend``
-        ``"kvm"`` or ``"auto"``. The environment variable ``UHYVE_BACKEND`` takes the place of ``"auto"``.
+        ``"kvm"``, ``"soft"`` (a CPU in software, which needs no KVM), or ``"auto"``: KVM where it runs the guest's kernel
+        on the CPU itself, else ``"soft"``. The environment variable ``UHYVE_BACKEND`` takes the place of ``"auto"``.
+    ``seed``
+        For ``"soft"``: an integer from which follows all that is left to chance: the interleaving of the vCPUs, random
+        numbers, the load address, the time of day. The same seed gives the same execution, to the last instruction, if
+        the guest gets the same input. None: the load address is random, and the time of day the host's.
+    ``quantum``
+        For ``"soft"``: how many instructions a vCPU executes, on average, before it is the next one's turn.
+    ``clock``
+        For ``"soft"``: what the guest's time goes by. ``"virtual"``: its instructions, one a nanosecond, and an idle
+        guest jumps to its next timer; this is the default. ``"host"``: the host's clock, and an idle guest sleeps.
+        With ``backend="auto"``, any of these three chooses ``"soft"``.
     ``aslr``
         Load a relocatable image at a random address.
     ``thp``, ``ksm``
@@ -312,6 +323,9 @@ class Vm:
         output: Output = "capture",
         output_limit: int = OUTPUT_LIMIT,
         backend: str = "auto",
+        seed: int | None = None,
+        quantum: int | None = None,
+        clock: Literal["virtual", "host"] | None = None,
         aslr: bool = True,
         thp: bool = False,
         ksm: bool = False,
@@ -334,6 +348,9 @@ class Vm:
             "output": _output(output),
             "output_limit": _number("output_limit", output_limit, 0),
             "backend": _backend(backend),
+            "seed": None if seed is None else _number("seed", seed, 0),
+            "quantum": None if quantum is None else _number("quantum", quantum, 1),
+            "clock": None if clock is None else _choice("clock", clock, ("virtual", "host")),
             "aslr": bool(aslr),
             "thp": bool(thp),
             "ksm": bool(ksm),
@@ -430,16 +447,19 @@ class Vm:
             if run.machine is not None:
                 run.machine.end()
 
-    def debug(self) -> Debugger:
+    def debug(self, gdb: str | None = None) -> Debugger:
         """Starts a machine that stands still before its first instruction, and gives the debugger that controls it.
 
-        Raises what ``start()`` raises.
+        With ``gdb``, an address, the debugger's ``serve_gdb()`` is called with it. Raises what ``start()`` raises.
         """
         from uhyve.debugger import Debugger
 
         run = _Run(debugging=True)
         try:
-            return Debugger(self, self._launch(run))
+            debugger = Debugger(self, self._launch(run))
+            if gdb is not None:
+                debugger.serve_gdb(gdb)
+            return debugger
         except BaseException:
             self._release(run)
             raise
@@ -469,7 +489,7 @@ class Vm:
         fields = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return f"Vm({', '.join([repr(self._image.name), *fields])})"
 
-    def _launch(self, run: _Run) -> Machine:
+    def _launch(self, run: _Run, changed: Mapping[str, object] | None = None) -> Machine:
         """Makes the machine of a run. Whoever calls this releases the run, whatever is raised."""
         with self._lock:
             if self._run is not None:
@@ -478,7 +498,7 @@ class Vm:
                 )
             self._run, self._result = run, None
             _running.add(self)
-        arguments = {**self._arguments, "debugging": run.debugging}
+        arguments = {**self._arguments, **(changed or {}), "debugging": run.debugging}
         if self._host_environment:
             arguments["env"] = _environment(os.environ)
         if arguments["output"] == "stdout" and sys.stdout is not None:
@@ -489,6 +509,16 @@ class Vm:
         if run.interrupted:
             run.machine.end()
         return run.machine
+
+    def _relaunch(self, machine: Machine, arguments: Sequence[str] | None) -> Machine:
+        """A fresh machine in the place of one that is being debugged; with ``arguments``, those of the application."""
+        self._release_machine(machine)
+        run = _Run(debugging=True)
+        try:
+            return self._launch(run, {} if arguments is None else {"args": list(arguments)})
+        except BaseException:
+            self._release(run)
+            raise
 
     def _wait(self, run: _Run, timeout: float | None) -> VmResult:
         machine = run.machine

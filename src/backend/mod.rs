@@ -2,6 +2,8 @@
 //! above speaks these; what a kernel or an emulator calls its own structs stays below.
 
 pub mod kvm;
+mod signal;
+pub mod soft;
 
 use std::sync::Arc;
 
@@ -20,6 +22,8 @@ pub struct MachineOptions {
     pub cpu_pm: bool,
     /// Ports (and bytes a write) whose writes may be queued instead of leaving the guest one by one.
     pub coalesced_ports: Vec<(u16, u32)>,
+    /// What only the software back end has to choose.
+    pub soft: soft::machine::SoftOptions,
 }
 
 /// One virtual machine of a hypervisor: memory, interrupt controllers, and a maker of vCPUs.
@@ -32,6 +36,10 @@ pub trait Backend: Send + Sync {
     fn coalesced(&self) -> Option<Arc<dyn Coalesced>>;
     /// What its debug facilities can do. May run a probe guest, once per process.
     fn capabilities(&self) -> Result<Capabilities>;
+    /// The vCPUs for which `runs` says so are about to run, all others stay where they are. None runs now.
+    fn resuming(&self, runs: &dyn Fn(u32) -> bool) {
+        let _ = runs;
+    }
 }
 
 /// Port writes that wait. They happened before any exit that is handled after them, and are taken first.
@@ -48,6 +56,12 @@ pub trait Vcpu: Send {
     fn bind_to_current_thread(&mut self) -> Result<()>;
     /// Ends the binding; called by the bound thread before it ends.
     fn unbind(&mut self);
+    /// The thread goes to where it may stay for long (a stopped world): from now to the next `run`, no other vCPU waits
+    /// for this one.
+    fn park(&mut self) {}
+    /// The thread does something of its own before the next `run` (a callback) that may take long, or wait for another
+    /// vCPU.
+    fn step_aside(&mut self) {}
     /// Executes guest code until something happens that the VMM must see.
     fn run(&mut self) -> Result<Exit>;
     /// Finishes the port or memory access that the last exit was about, without executing another instruction, so
@@ -83,6 +97,8 @@ pub trait Vcpu: Send {
     fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<()>;
     /// Delivers an exception to the guest at the next `run`, as if the instruction at RIP had raised it.
     fn inject(&mut self, exception: Exception) -> Result<()>;
+    /// Whether the vCPU waits in HLT.
+    fn is_halted(&mut self) -> Result<bool>;
     /// Puts the vCPU to sleep as HLT does: at the next `run` it waits for an interrupt first.
     fn halt(&mut self) -> Result<()>;
     /// A handle that makes `run` return from any thread.
@@ -290,10 +306,43 @@ pub struct Capabilities {
     pub any_range: bool,
 }
 
-/// Opens the back end of that name: `auto`, `kvm`.
-pub fn open(name: &str, memory: &GuestMemory, options: &MachineOptions) -> Result<Arc<dyn Backend>> {
+/// The back end that a VM gets, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// `kvm` or `soft`.
+    pub name: &'static str,
+    /// The reason, in a sentence for people.
+    pub reason: String,
+}
+
+/// Chooses a back end: the one of that name, or for `auto` KVM if ring 0 runs natively on it, else the software CPU.
+pub fn choose(name: &str) -> Result<Choice> {
+    let asked_for = || "it was asked for".to_owned();
     match name {
-        "auto" | "kvm" => Ok(Arc::new(kvm::KvmBackend::new(memory, options)?)),
-        other => Err(crate::error::Error::Config(format!("backend {other:?} is unknown; choose \"auto\" or \"kvm\""))),
+        "kvm" => Ok(Choice { name: "kvm", reason: asked_for() }),
+        "soft" => Ok(Choice { name: "soft", reason: asked_for() }),
+        "auto" => Ok(match kvm::probe::is_native() {
+            Ok(true) => Choice { name: "kvm", reason: "KVM runs the guest's kernel on the CPU itself".into() },
+            Ok(false) => Choice {
+                name: "soft",
+                reason:
+                    "this KVM emulates the guest's kernel, about 1 million instructions a second; the software CPU \
+                         is faster"
+                        .into(),
+            },
+            Err(error) => Choice { name: "soft", reason: format!("there is no usable KVM: {error}") },
+        }),
+        other => Err(crate::error::Error::Config(format!(
+            "backend {other:?} is unknown; choose \"auto\", \"kvm\" or \"soft\""
+        ))),
+    }
+}
+
+/// Opens the back end of that name: `auto`, `kvm`, `soft`.
+pub fn open(name: &str, memory: &GuestMemory, options: &MachineOptions) -> Result<Arc<dyn Backend>> {
+    let choice = choose(name)?;
+    match choice.name {
+        "kvm" => Ok(Arc::new(kvm::KvmBackend::new(memory, options)?)),
+        _ => Ok(Arc::new(soft::SoftBackend::new(memory, options)?)),
     }
 }

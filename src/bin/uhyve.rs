@@ -18,7 +18,7 @@ use uhyve_core::error::{Error, Result};
 use uhyve_core::isolation::IoMode;
 use uhyve_core::isolation::landlock::FileIsolation;
 use uhyve_core::memory::Backing;
-use uhyve_core::vm::{Config, Machine};
+use uhyve_core::vm::{Config, Machine, SoftConfig};
 
 // The statuses of `uhyve.cli`.
 const EXIT_HOST: u8 = 125;
@@ -92,10 +92,17 @@ fn size(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// Whether an environment variable or a configuration file has a say.
+/// The environment variable that takes the place of "auto".
+const BACKEND: &str = "UHYVE_BACKEND";
+
+fn chosen_backend() -> String {
+    std::env::var(BACKEND).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "auto".into())
+}
+
+/// Whether a configuration file has a say, or an environment variable other than [`BACKEND`].
 fn is_configured() -> bool {
     let is_ours = |name: &std::ffi::OsStr| {
-        ["HERMIT_", "UHYVE_", "RUST_LOG"].iter().any(|p| name.as_bytes().starts_with(p.as_bytes()))
+        name != BACKEND && ["HERMIT_", "UHYVE_", "RUST_LOG"].iter().any(|p| name.as_bytes().starts_with(p.as_bytes()))
     };
     let home = std::env::var_os("XDG_CONFIG_HOME")
         .filter(|h| !h.is_empty())
@@ -117,7 +124,7 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
         environment: plain.environment,
         files: Vec::new(),
         output: Output::Stdout,
-        backend: "auto".into(),
+        backend: chosen_backend(),
         aslr: !plain.is_fixed,
         backing: Backing::default(),
         pit: false,
@@ -126,6 +133,7 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
         tempdir: None,
         isolation: FileIsolation::Normal,
         io_mode: IoMode::default(),
+        soft: SoftConfig::default(),
         debugging: false,
         wrapper: None,
     })

@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
-use super::condition::Program;
+use super::agent::AgentProgram;
+use super::condition::{Context, EvaluateError, Program};
+use super::watchpoints::{self, Touch, Watch, WatchKind};
 use crate::backend::{Capabilities, GuestDebug, HardwareBreakpoint, Int3};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -34,17 +36,43 @@ pub struct Hit {
     pub pc: u64,
     /// The breakpoint.
     pub breakpoint: Arc<Breakpoint>,
+    /// For a watchpoint, the access.
+    pub touch: Option<Touch>,
     /// True until the callback has returned: as long, registers and memory may be used.
     pub alive: Arc<AtomicBool>,
 }
 
-/// When a breakpoint that is met stops the world; both parts must agree.
+/// When a breakpoint that is met stops the world; all parts must agree.
 #[derive(Clone, Default)]
 pub struct Condition {
     /// The source and the program of a compiled condition.
     pub compiled: Option<(String, Arc<Program>)>,
+    /// gdb's conditions of all its breakpoints at this place: one that holds is enough.
+    pub agent: Vec<Arc<AgentProgram>>,
     /// A callback.
     pub predicate: Option<Arc<dyn Predicate>>,
+}
+
+impl Condition {
+    /// What the programs say; the callback is not asked. A program that fails does so for all: the world is to stop.
+    pub fn evaluate<C: Context + ?Sized>(&self, context: &mut C) -> Result<bool, EvaluateError> {
+        if let Some((_, program)) = &self.compiled
+            && !program.evaluate(context)?
+        {
+            return Ok(false);
+        }
+        for program in &self.agent {
+            if program.evaluate(context)? {
+                return Ok(true);
+            }
+        }
+        Ok(self.agent.is_empty())
+    }
+
+    /// Whether a program takes part in the decision.
+    pub fn has_program(&self) -> bool {
+        self.compiled.is_some() || !self.agent.is_empty()
+    }
 }
 
 /// How a breakpoint is asked for.
@@ -74,6 +102,8 @@ pub struct Breakpoint {
     pub address: u64,
     /// How it was asked for.
     pub options: BreakpointOptions,
+    /// For a watchpoint, what it watches.
+    pub watch: Option<Watch>,
     enabled: AtomicBool,
     deleted: AtomicBool,
     ignore: AtomicU64,
@@ -169,6 +199,7 @@ struct Planted {
 pub struct Table {
     all: BTreeMap<u32, Arc<Breakpoint>>,
     sites: HashMap<u64, Site>,
+    watches: BTreeMap<u32, (Arc<Breakpoint>, WatchKind)>,
     planted: BTreeMap<u64, Planted>,
     next: u32,
     generation: u64,
@@ -209,11 +240,33 @@ impl Table {
             }
         }
         debug.software_breakpoints &= capabilities.int3 == Int3::DebugExit;
+        for (_, kind) in self.watches.values() {
+            if let WatchKind::Hardware(pieces) = kind {
+                debug.hardware.extend_from_slice(pieces);
+            }
+        }
         debug
     }
 
+    /// The enabled watchpoints, by number, and whether one of them needs every instruction to be executed by itself.
+    pub fn watches(&self) -> (Arc<[Arc<Breakpoint>]>, bool) {
+        let stepped = self.watches.values().any(|(_, kind)| *kind == WatchKind::Stepped);
+        (self.watches.values().map(|(breakpoint, _)| breakpoint.clone()).collect(), stepped)
+    }
+
+    /// How an enabled watchpoint is made.
+    pub fn watch_kind(&self, breakpoint: &Breakpoint) -> Option<&WatchKind> {
+        self.watches.get(&breakpoint.id).map(|(_, kind)| kind)
+    }
+
     /// Adds a breakpoint, without its site: [`Table::sync`] follows.
-    pub fn add(&mut self, address: u64, options: BreakpointOptions, condition: Condition) -> Arc<Breakpoint> {
+    pub fn add(
+        &mut self,
+        address: u64,
+        watch: Option<Watch>,
+        options: BreakpointOptions,
+        condition: Condition,
+    ) -> Arc<Breakpoint> {
         self.next += 1;
         let breakpoint = Arc::new(Breakpoint {
             id: self.next,
@@ -225,6 +278,7 @@ impl Table {
             hits: AtomicU64::new(0),
             condition: RwLock::new(condition),
             options,
+            watch,
         });
         self.all.insert(self.next, breakpoint.clone());
         breakpoint
@@ -250,7 +304,7 @@ impl Table {
         translate: &mut dyn FnMut(u64) -> Option<u64>,
     ) -> Result<()> {
         let mut wanted: BTreeMap<u64, Vec<Arc<Breakpoint>>> = BTreeMap::new();
-        for breakpoint in self.all.values().filter(|b| b.is_enabled()) {
+        for breakpoint in self.all.values().filter(|b| b.is_enabled() && b.watch.is_none()) {
             wanted.entry(breakpoint.address).or_default().push(breakpoint.clone());
         }
         let gone: Vec<u64> = self.sites.keys().filter(|a| !wanted.contains_key(a)).copied().collect();
@@ -266,6 +320,24 @@ impl Table {
                 None => self.choose(memory, capabilities, address, &breakpoints, translate)?,
             };
             self.sites.insert(address, Site { kind, breakpoints });
+        }
+        self.sync_watches(capabilities)
+    }
+
+    /// Makes the watches agree with the enabled watchpoints; one that is stepped gets what the CPU has free by now.
+    fn sync_watches(&mut self, capabilities: &Capabilities) -> Result<()> {
+        let (_, mut warned) = self.watches();
+        self.watches.clear();
+        let places = usize::try_from(capabilities.hardware_breakpoints).unwrap_or(usize::MAX);
+        let mut free = places.saturating_sub(self.sites.values().filter(|s| s.kind == SiteKind::Hardware).count());
+        for breakpoint in self.all.values().filter(|b| b.is_enabled()) {
+            let Some(watch) = &breakpoint.watch else { continue };
+            let kind = watchpoints::choose(breakpoint, watch, capabilities, free)?;
+            if kind == WatchKind::Stepped && !std::mem::replace(&mut warned, true) {
+                watchpoints::warn_of_steps(breakpoint, capabilities);
+            }
+            free -= kind.registers();
+            self.watches.insert(breakpoint.id, (breakpoint.clone(), kind));
         }
         Ok(())
     }
@@ -289,6 +361,7 @@ impl Table {
             return Ok(SiteKind::Planted(physical));
         }
         let used = self.sites.values().filter(|s| s.kind == SiteKind::Hardware).count();
+        // Watchpoints get what is left.
         if used < usize::try_from(capabilities.hardware_breakpoints).unwrap_or(usize::MAX) {
             return Ok(SiteKind::Hardware);
         }
@@ -416,7 +489,7 @@ mod tests {
     }
 
     fn add(table: &mut Table, memory: &GuestMemory, address: u64, capabilities: &Capabilities) -> Arc<Breakpoint> {
-        let b = table.add(address, BreakpointOptions::default(), Condition::default());
+        let b = table.add(address, None, BreakpointOptions::default(), Condition::default());
         table.sync(memory, capabilities, &mut |va| Some(va & 0xffff)).unwrap();
         b
     }
@@ -483,7 +556,7 @@ mod tests {
     #[test]
     fn test_unmapped_address_is_refused_and_a_disabled_breakpoint_has_no_site() {
         let (memory, mut table) = setup();
-        let b = table.add(0x5000, BreakpointOptions::default(), Condition::default());
+        let b = table.add(0x5000, None, BreakpointOptions::default(), Condition::default());
         let error = table.sync(&memory, &KVM, &mut |_| None).unwrap_err();
         assert!(error.to_string().contains("not mapped"), "{error}");
         table.set_enabled(&b, false);
@@ -495,7 +568,7 @@ mod tests {
     fn test_arrivals_are_filtered_then_ignored_then_let_through() {
         let mut table = Table::default();
         let options = BreakpointOptions { ignore: 2, vcpu: Some(1), ..Default::default() };
-        let b = table.add(0, options, Condition::default());
+        let b = table.add(0, None, options, Condition::default());
         assert!(!b.arrive(0));
         assert_eq!(b.reached(), 0);
         assert!(!b.arrive(1) && !b.arrive(1) && b.arrive(1));

@@ -60,6 +60,9 @@ pub enum EvaluateError {
     /// A shift by a negative count or by more than 127.
     #[error("the condition shifts by {0}: a shift count is 0 to 127")]
     Shift(i128),
+    /// It executed more instructions than it may.
+    #[error("the condition has not ended after {0} instructions")]
+    Endless(usize),
     /// The vCPU's register could not be fetched.
     #[error("the condition needs a register that can't be read: {0}")]
     Register(#[source] Box<Error>),
@@ -263,7 +266,10 @@ fn register(operand: u16) -> RegisterId {
 }
 
 #[inline]
-fn load<const SIZE: usize, C: Context + ?Sized>(context: &mut C, address: i128) -> Result<[u8; SIZE], EvaluateError> {
+pub(super) fn load<const SIZE: usize, C: Context + ?Sized>(
+    context: &mut C,
+    address: i128,
+) -> Result<[u8; SIZE], EvaluateError> {
     let start = u64::try_from(address).map_err(|_| EvaluateError::Address(address))?;
     let length = SIZE as u64;
     if start.checked_add(length - 1).is_none() {

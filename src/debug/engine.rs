@@ -19,15 +19,22 @@ use crate::backend::Kick;
 use crate::error::{Crash, Error, Result};
 
 /// A kick reaches a vCPU in microseconds; one that met its thread in the instant before a blocking system call is sent again after this.
-const KICK_AGAIN: Duration = Duration::from_millis(10);
+pub(crate) const KICK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What a vCPU does after the next resume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Plan {
     /// Run on.
     Run,
-    /// One instruction, then an event.
+    /// One instruction, then an event. Of several vCPUs that step, each executes its own before the stop is reported.
     Step,
+    /// Instructions until the program counter lies outside of `start..end`, one at least; then an event.
+    StepRange {
+        /// The first address of the range.
+        start: u64,
+        /// The first address behind it.
+        end: u64,
+    },
     /// Stay where it is.
     Hold,
 }
@@ -69,6 +76,8 @@ struct Seat {
     /// Outside of the guest and of its context, but in the middle of something: the exclusive section may be entered,
     /// and no stop is reported before the vCPU has finished.
     outside: bool,
+    /// Has not begun the step that it is to make: no stop is reported before.
+    owes_step: bool,
     plan: Plan,
 }
 
@@ -96,6 +105,10 @@ struct State {
     /// A front end asked for a stop, for this reason.
     interrupt: Option<StopReason>,
     stop: Option<Stop>,
+    /// Stops are shown to those who wait only when somebody has approved of them.
+    is_gated: bool,
+    /// The current stop waits for that.
+    is_held: bool,
     end: Option<Arc<End>>,
     waiters: Vec<Arc<EventFd>>,
 }
@@ -128,7 +141,7 @@ impl Engine {
     /// An engine for `cpus` vCPUs. With `debugging` it begins with a stop at the entry, and the guest's end is a stop too;
     /// otherwise the vCPUs run at once, and the guest's end is the VM's.
     pub fn new(cpus: u32, debugging: bool) -> Self {
-        let seat = Seat { parked: false, outside: false, plan: Plan::Run };
+        let seat = Seat { parked: false, outside: false, owes_step: false, plan: Plan::Run };
         Self {
             state: Mutex::new(State {
                 phase: if debugging { Phase::Stopping } else { Phase::Running },
@@ -137,6 +150,8 @@ impl Engine {
                 queue: VecDeque::new(),
                 interrupt: debugging.then_some(StopReason::Entry),
                 stop: None,
+                is_gated: false,
+                is_held: false,
                 end: None,
                 waiters: Vec::new(),
             }),
@@ -175,7 +190,7 @@ impl Engine {
             return Ok(());
         }
         for seat in &mut state.seats {
-            seat.plan = Plan::Run;
+            (seat.plan, seat.owes_step) = (Plan::Run, false);
         }
         state.interrupt = None;
         state.phase = Phase::Running;
@@ -214,25 +229,32 @@ impl Engine {
     fn notify(&self, state: &State) {
         self.changed.notify_all();
         for waiter in &state.waiters {
-            // The counter can't overflow: each waiter lives for one wait.
+            // Full only if nobody has read it for 2⁶⁴ changes.
             let _ = waiter.write(1);
         }
     }
 
     /// Reports the stop if every vCPU stands still.
     fn settle(&self, state: &mut State) {
-        if state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked) {
+        if state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked && !s.owes_step) {
             self.report(state);
         }
         self.changed.notify_all();
     }
 
     fn report(&self, state: &mut State) {
+        // What was found by a vCPU that has held since waits for the resume that lets it go on.
+        let next = state.queue.iter().position(|event| state.seats[event.vcpu as usize].plan != Plan::Hold);
+        let event = next.and_then(|at| state.queue.remove(at));
+        self.report_event(state, event);
+    }
+
+    fn report_event(&self, state: &mut State, event: Option<Event>) {
         let interrupt = state.interrupt.take();
         let last = state.stop.as_ref();
         let number = last.map_or(0, |s| s.number) + 1;
-        let stop = match state.queue.pop_front() {
-            Some(Event { vcpu, pc, reason }) => Stop { reason, vcpu, pc, number },
+        let stop = match event {
+            Some(Event { vcpu, pc, reason, .. }) => Stop { reason, vcpu, pc, number },
             None => Stop {
                 reason: interrupt.unwrap_or(StopReason::Interrupt),
                 vcpu: last.map_or(0, |s| s.vcpu),
@@ -241,8 +263,36 @@ impl Engine {
             },
         };
         state.stop = Some(stop);
+        state.is_held = state.is_gated;
         state.phase = Phase::Stopped;
         self.notify(state);
+    }
+
+    /// From now on a stop is shown to those who wait only after [`Engine::approve`], or at once again.
+    pub fn gate_stops(&self, gated: bool) {
+        let mut state = self.lock();
+        (state.is_gated, state.is_held) = (gated, false);
+        self.notify(&state);
+    }
+
+    /// Shows the current stop to those who wait.
+    pub fn approve(&self) {
+        let mut state = self.lock();
+        state.is_held = false;
+        self.notify(&state);
+    }
+
+    /// Makes a descriptor readable at each change of the VM's state, until the VM or the descriptor is gone.
+    pub fn add_waiter(&self, waiter: &Arc<EventFd>) {
+        let mut state = self.lock();
+        if !state.waiters.iter().any(|w| Arc::ptr_eq(w, waiter)) {
+            state.waiters.push(waiter.clone());
+        }
+    }
+
+    /// Whether vCPUs are on their way to their safe points.
+    pub fn is_stopping(&self) -> bool {
+        self.lock().phase == Phase::Stopping
     }
 
     /// A vCPU thread stands here while it may not run. Its vCPU is not locked meanwhile.
@@ -252,14 +302,19 @@ impl Engine {
         state.seats[n].parked = true;
         self.settle(&mut state);
         loop {
+            let seat = state.seats[n];
+            let may_run = state.exclusive.is_none() && seat.plan != Plan::Hold;
             match state.phase {
                 Phase::Ended => return Command::End,
-                Phase::Running if state.exclusive.is_none() && state.seats[n].plan != Plan::Hold => break,
+                Phase::Running if may_run => break,
+                Phase::Stopping if may_run && seat.owes_step => break,
                 _ => state = self.wait(state),
             }
         }
-        state.seats[n].parked = false;
-        self.slots[n].request.store(false, Ordering::SeqCst);
+        let seat = &mut state.seats[n];
+        (seat.parked, seat.owes_step) = (false, false);
+        // Late for its step, it makes that one, and waits for nothing.
+        self.slots[n].request.store(state.phase == Phase::Stopping, Ordering::SeqCst);
         Command::Run(state.seats[n].plan)
     }
 
@@ -319,23 +374,28 @@ impl Engine {
     }
 
     /// Runs `check` on each event that is found and not reported, oldest first, with the world stopped. The first that
-    /// still holds becomes the current stop; those before it are dropped.
-    pub fn report_pending(&self, mut check: impl FnMut(&Event) -> bool) -> Result<Option<Stop>> {
+    /// still holds, with the reason that `check` leaves in it, becomes the current stop; those before it are dropped.
+    /// Events of vCPUs that hold stay as they are.
+    pub fn report_pending(
+        &self,
+        holds: impl Fn(u32) -> bool,
+        mut check: impl FnMut(&mut Event) -> bool,
+    ) -> Result<Option<Stop>> {
         loop {
-            let event = {
+            let mut event = {
                 let mut state = self.lock();
                 self.require_stopped(&state)?;
-                match state.queue.pop_front() {
+                let next = state.queue.iter().position(|event| !holds(event.vcpu));
+                match next.and_then(|at| state.queue.remove(at)) {
                     Some(event) => event,
                     None => return Ok(None),
                 }
             };
-            if check(&event) {
+            if check(&mut event) {
                 let mut state = self.lock();
                 // The VM may have ended during the check.
                 self.require_stopped(&state)?;
-                state.queue.push_front(event);
-                self.report(&mut state);
+                self.report_event(&mut state, Some(event));
                 return Ok(state.stop.clone());
             }
         }
@@ -357,6 +417,7 @@ impl Engine {
         }
         for (n, seat) in (0..).zip(&mut state.seats) {
             seat.plan = plan(n);
+            seat.owes_step = seat.plan == Plan::Step;
         }
         state.phase = Phase::Running;
         self.changed.notify_all();
@@ -387,6 +448,15 @@ impl Engine {
             Phase::Running | Phase::Stopping => Status::Running,
             Phase::Stopped => Status::Stopped(state.stop.clone().expect("the world stopped at least once")),
             Phase::Ended => Status::Ended(state.end.clone().expect("an end is set with the phase")),
+        }
+    }
+
+    /// The same for a front end that does not judge stops: one that waits for approval is none yet.
+    fn shown_status(&self) -> Status {
+        let is_held = self.lock().is_held;
+        match self.status() {
+            Status::Stopped(_) if is_held => Status::Running,
+            status => status,
         }
     }
 
@@ -478,7 +548,7 @@ impl Engine {
             let mask = crate::isolation::wait::Mask::block_all()
                 .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
             check()?;
-            let status = self.status();
+            let status = self.shown_status();
             if !matches!(status, Status::Running) {
                 return Ok(Some(status));
             }

@@ -135,7 +135,7 @@ impl World {
 }
 
 fn found(vcpu: u32, pc: u64) -> Event {
-    Event { vcpu, pc, reason: StopReason::Step }
+    Event::new(vcpu, pc, StopReason::Step)
 }
 
 fn vcpu(engine: &Arc<Engine>, n: u32, script: &Arc<Script>, plans: &Mutex<Vec<Plan>>, moving: &AtomicBool) {
@@ -213,7 +213,7 @@ fn test_without_debugging_the_threads_run_at_once_and_an_exit_ends_the_vm() {
     bounded(|| {
         let world = World::new(2, false);
         assert!(world.runs());
-        world.act(1, Act::Find(Event { vcpu: 1, pc: 0, reason: StopReason::Exit { code: 7 } }));
+        world.act(1, Act::Find(Event::new(1, 0, StopReason::Exit { code: 7 })));
         assert!(matches!(*world.end(), End::Exit(7)));
         world.close();
     });
@@ -228,7 +228,7 @@ fn test_stop_and_resume_give_one_stop_an_event_with_rising_numbers() {
             world.find(vcpu, number);
             let stop = world.stop();
             assert_eq!((stop.vcpu, stop.pc, stop.number), (vcpu, number, number));
-            assert!(world.engine.report_pending(|_| true).unwrap().is_none());
+            assert!(world.engine.report_pending(|_| false, |_| true).unwrap().is_none());
             world.engine.resume(|_| Plan::Run).unwrap();
         }
         assert!(world.runs());
@@ -252,15 +252,18 @@ fn test_simultaneous_events_are_reported_one_by_one_unless_the_check_drops_them(
         let first = world.stop();
         assert_eq!(first.pc, 0x200);
         let mut seen = Vec::new();
-        let next = world.engine.report_pending(|event| {
-            seen.push(event.pc);
-            event.pc != 0x201
-        });
+        let next = world.engine.report_pending(
+            |_| false,
+            |event| {
+                seen.push(event.pc);
+                event.pc != 0x201
+            },
+        );
         let next = next.unwrap().unwrap();
         assert_eq!((next.pc, next.vcpu, next.number, seen), (0x202, 2, first.number + 1, vec![0x201, 0x202]));
         assert_eq!(world.stop().pc, 0x202);
-        assert_eq!(world.engine.report_pending(|_| true).unwrap().unwrap().pc, 0x203);
-        assert!(world.engine.report_pending(|_| true).unwrap().is_none());
+        assert_eq!(world.engine.report_pending(|_| false, |_| true).unwrap().unwrap().pc, 0x203);
+        assert!(world.engine.report_pending(|_| false, |_| true).unwrap().is_none());
         world.close();
     });
 }
@@ -278,7 +281,7 @@ fn test_interrupt_stops_all_and_an_event_that_comes_first_takes_its_place() {
         world.engine.stop(found(0, 0x42));
         drop(go);
         assert_eq!(world.stop().pc, 0x42);
-        assert!(world.engine.report_pending(|_| true).unwrap().is_none());
+        assert!(world.engine.report_pending(|_| false, |_| true).unwrap().is_none());
         world.engine.resume(|_| Plan::Run).unwrap();
         assert!(world.runs(), "the interrupt was not kept for later");
         world.close();
@@ -302,6 +305,24 @@ fn test_step_plan_moves_one_vcpu_and_holds_the_others() {
         assert!(world.runs());
         assert!(world.engine.interrupt(StopReason::Interrupt));
         assert!(matches!(world.stop().reason, StopReason::Interrupt), "of a world in which all hold");
+        world.close();
+    });
+}
+
+#[test]
+fn test_step_plan_for_all_moves_each_once_before_the_one_stop() {
+    bounded(|| {
+        let world = World::new(3, true);
+        world.stop();
+        for round in 1..200 {
+            world.engine.resume(|n| if n == 1 { Plan::StepRange { start: 0, end: 8 } } else { Plan::Step }).unwrap();
+            world.stop();
+            for n in [0, 2] {
+                let plans = world.plans[n].lock().unwrap();
+                assert_eq!((plans.len(), plans.last()), (round, Some(&Plan::Step)), "vCPU {n}");
+            }
+            assert!(world.engine.report_pending(|_| false, |_| false).unwrap().is_none());
+        }
         world.close();
     });
 }
@@ -473,10 +494,13 @@ fn test_end_during_the_check_of_an_event_stays_the_end() {
         world.engine.stop(found(1, 2));
         drop(go);
         world.stop();
-        let result = world.engine.report_pending(|_| {
-            world.engine.end(End::Killed);
-            true
-        });
+        let result = world.engine.report_pending(
+            |_| false,
+            |_| {
+                world.engine.end(End::Killed);
+                true
+            },
+        );
         assert!(result.is_err());
         assert!(matches!(world.engine.status(), Status::Ended(_)));
         world.close();
@@ -487,7 +511,7 @@ fn test_end_during_the_check_of_an_event_stays_the_end() {
 fn test_final_stop_refuses_to_resume_and_detach_makes_it_the_end() {
     bounded(|| {
         let world = World::running(2);
-        world.act(0, Act::Find(Event { vcpu: 0, pc: 0, reason: StopReason::Exit { code: -5 } }));
+        world.act(0, Act::Find(Event::new(0, 0, StopReason::Exit { code: -5 })));
         assert!(matches!(world.stop().reason, StopReason::Exit { code: -5 }));
         let error = world.engine.resume(|_| Plan::Run).unwrap_err();
         assert!(error.to_string().contains("code -5"), "{error}");
@@ -509,7 +533,7 @@ fn test_detach_lets_all_run_and_drops_what_is_found_later_but_the_end() {
         assert!(world.runs());
         world.find(1, 2);
         assert!(world.runs(), "a hit that was found too late");
-        world.act(2, Act::Find(Event { vcpu: 2, pc: 0, reason: StopReason::Exit { code: 9 } }));
+        world.act(2, Act::Find(Event::new(2, 0, StopReason::Exit { code: 9 })));
         assert!(matches!(*world.end(), End::Exit(9)));
         world.close();
     });
@@ -677,13 +701,16 @@ impl Stress {
                 self.section(Owner::FrontEnd, &mut random);
                 self.all_stand_still();
             }
-            let next = self.engine.report_pending(|event| {
-                let holds = random.one_in(2);
-                if !holds {
-                    *seen.entry(event.pc).or_insert(0) += 1;
-                }
-                holds
-            });
+            let next = self.engine.report_pending(
+                |_| false,
+                |event| {
+                    let holds = random.one_in(2);
+                    if !holds {
+                        *seen.entry(event.pc).or_insert(0) += 1;
+                    }
+                    holds
+                },
+            );
             if next.unwrap().is_some() {
                 continue;
             }

@@ -1,17 +1,19 @@
 //! What a vCPU's thread does at breakpoints, while stepping, and at instructions that its back end can't execute.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::breakpoints::{Breakpoint, Hit, INT3, SiteKind};
-use super::condition::{Context as ConditionContext, EvaluateError};
+use super::bus::GuestBus;
 use super::engine::Owner;
-use super::stop::StopReason;
-use super::view::View;
-use crate::backend::{DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
-use crate::error::{CrashReason, GuestFault, Result};
+use super::stop::{Event, StopReason};
+use super::values::Values;
+use super::watchpoints::Touch;
+use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
+use crate::error::{CrashReason, Result};
 use crate::paging::{self, PagingMode};
-use crate::registers::{RFLAGS_RF, RFLAGS_TF, RSP, RegisterId, Registers, SystemRegisters};
+use crate::registers::{RFLAGS_RF, RFLAGS_TF, RSP, Registers};
 use crate::vcpu::{self, Flow, Seat};
 use crate::x86;
 
@@ -25,7 +27,7 @@ const PUSHF: u8 = 0x9c;
 const BREAKPOINT: u64 = 3;
 
 /// Whether the instruction is a string instruction that REP repeats: it stays where it is until its count is over.
-fn is_repeated(code: &[u8]) -> bool {
+pub(super) fn is_repeated(code: &[u8]) -> bool {
     let is_prefix = |byte: &&u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf2 | 0xf3);
     let prefixes = code.iter().take_while(is_prefix).count();
     code[..prefixes].iter().any(|byte| matches!(byte, 0xf2 | 0xf3))
@@ -37,7 +39,7 @@ const DR6_SINGLE_STEP: u64 = 1 << 14;
 
 /// How the instruction at the program counter was executed, or why not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Emulation {
+pub(super) enum Emulation {
     Done,
     /// One iteration of a string instruction with REP; more follow.
     Repeat,
@@ -72,6 +74,10 @@ impl Seat<'_> {
     /// A debug exit while the vCPU runs freely.
     pub(crate) fn debug_event(&mut self, event: DebugEvent) -> Result<Flow> {
         let pc = event.pc;
+        if self.note_hardware(&event)? {
+            // What it was doing is done; a breakpoint where it is now is met at the next entry.
+            return self.after_instruction();
+        }
         if self.machine.site_at(pc).is_some() {
             if self.context().passed == Some(pc) && !event.software {
                 return self.leave_site();
@@ -133,7 +139,7 @@ impl Seat<'_> {
     }
 
     /// The program counter moved without the CPU: look whether it moved to a breakpoint that only stepping finds.
-    fn after_instruction(&mut self) -> Result<Flow> {
+    pub(super) fn after_instruction(&mut self) -> Result<Flow> {
         self.context().passed = None;
         self.look_for_stepped()
     }
@@ -148,45 +154,53 @@ impl Seat<'_> {
     }
 
     /// A vCPU met a site: ask the breakpoints there.
-    fn hit(&mut self, pc: u64) -> Result<Flow> {
-        match self.decide(pc)? {
-            Some(reason) => self.stop(pc, reason),
-            None => self.leave_site(),
-        }
+    pub(super) fn hit(&mut self, pc: u64) -> Result<Flow> {
+        let reasons = self.decide(pc)?;
+        if reasons.is_empty() { self.leave_site() } else { self.stop_for(pc, reasons) }
     }
 
-    /// The decision chain of every breakpoint at `pc`. All are asked; the first that says stop names the reason, unless
-    /// a callback fails: that is never swallowed. Each further failure is a stop of its own.
-    pub(crate) fn decide(&mut self, pc: u64) -> Result<Option<StopReason>> {
+    /// The decision chain of every breakpoint at `pc`; what those say that stop. All are asked.
+    pub(crate) fn decide(&mut self, pc: u64) -> Result<Vec<StopReason>> {
         self.context().passed = Some(pc);
-        let Some((_, breakpoints)) = self.machine.breakpoints_at(pc) else { return Ok(None) };
-        let mut reason = None;
+        let Some((_, breakpoints)) = self.machine.breakpoints_at(pc) else { return Ok(Vec::new()) };
+        let mut reasons = Vec::new();
         for breakpoint in breakpoints {
-            match (self.ask(&breakpoint, pc)?, &reason) {
-                (Some(failure @ StopReason::Exception { .. }), Some(StopReason::Exception { .. })) => {
-                    if let Some(earlier) = reason.replace(failure) {
-                        self.stop(pc, earlier)?;
-                    }
-                }
-                (Some(failure @ StopReason::Exception { .. }), _) => reason = Some(failure),
-                (found, None) => reason = found,
-                _ => {}
-            }
+            reasons.extend(self.ask(&breakpoint, pc, None)?);
         }
-        Ok(reason)
+        Ok(reasons)
     }
 
-    fn ask(&mut self, breakpoint: &Arc<Breakpoint>, pc: u64) -> Result<Option<StopReason>> {
+    /// One stop for what several breakpoints said. A callback that failed is never swallowed: the first names the
+    /// stop, and each further failure is a stop of its own.
+    fn stop_for(&mut self, pc: u64, reasons: Vec<StopReason>) -> Result<Flow> {
+        let is_failure = |reason: &StopReason| matches!(reason, StopReason::Exception { .. });
+        let (failures, mut others): (Vec<_>, Vec<_>) = reasons.into_iter().partition(is_failure);
+        if failures.is_empty() && !others.is_empty() {
+            let reason = others.remove(0);
+            self.machine.engine.stop(Event { vcpu: self.number, pc, reason, others });
+        }
+        for failure in failures {
+            self.stop(pc, failure)?;
+        }
+        Ok(Flow::Leave)
+    }
+
+    /// The decision chain of one breakpoint, or of a watchpoint that was touched.
+    pub(super) fn ask(
+        &mut self,
+        breakpoint: &Arc<Breakpoint>,
+        pc: u64,
+        touch: Option<Touch>,
+    ) -> Result<Option<StopReason>> {
         if !breakpoint.arrive(self.number) {
             return Ok(None);
         }
         let condition = breakpoint.condition();
         let mut failure = None;
-        if let Some((_, program)) = &condition.compiled {
+        if condition.has_program() {
             let (machine, number) = (self.machine, self.number);
-            let mut values =
-                Values { cpu: self.context().cpu.as_mut(), view: machine.view(), system: None, number, breakpoint };
-            match program.evaluate(&mut values) {
+            let mut values = Values::new(self.context().cpu.as_mut(), machine.view(), number, breakpoint);
+            match condition.evaluate(&mut values) {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),
                 Err(error) => failure = Some(error.to_string()),
@@ -200,8 +214,10 @@ impl Seat<'_> {
                 vcpu: self.number,
                 pc,
                 breakpoint: breakpoint.clone(),
+                touch: touch.clone(),
                 alive: alive.clone(),
             };
+            self.context().cpu.step_aside();
             let engine = &self.machine.engine;
             let verdict = self.unlocked(|| {
                 engine.outside(hit.vcpu, || {
@@ -216,7 +232,11 @@ impl Seat<'_> {
             }
         }
         breakpoint.count_hit();
-        Ok(Some(StopReason::Breakpoint { breakpoint: breakpoint.clone(), error: failure }))
+        let (breakpoint, error) = (breakpoint.clone(), failure);
+        Ok(Some(match touch {
+            Some(touch) => StopReason::Watchpoint { breakpoint, touch, error },
+            None => StopReason::Breakpoint { breakpoint, error },
+        }))
     }
 
     /// Executes the instruction under a breakpoint that was asked, without letting another vCPU slip past it.
@@ -236,6 +256,7 @@ impl Seat<'_> {
             match self.emulate(&code)? {
                 Emulation::Done => return self.after_instruction(),
                 // One arrival, however many iterations: they end here, or when the vCPU is asked to stop.
+                Emulation::Repeat if self.judge()? == Flow::Leave => return Ok(Flow::Leave),
                 Emulation::Repeat if self.machine.engine.is_requested(self.number) => return Ok(Flow::Leave),
                 Emulation::Repeat => {}
                 Emulation::Fault(_) | Emulation::Unsupported => return self.step_over(pc, kind),
@@ -244,9 +265,9 @@ impl Seat<'_> {
     }
 
     /// Executes the instruction at `pc` on the CPU with its breakpoint out of the way.
-    fn step_over(&mut self, pc: u64, kind: SiteKind) -> Result<Flow> {
+    pub(super) fn step_over(&mut self, pc: u64, kind: SiteKind) -> Result<Flow> {
         let SiteKind::Planted(physical) = kind else {
-            return match self.step_instruction(pc)? {
+            return match self.step_instruction(pc, true)? {
                 Flow::Continue => self.look_for_stepped(),
                 Flow::Leave => Ok(Flow::Leave),
             };
@@ -256,7 +277,7 @@ impl Seat<'_> {
         let Some(exclusive) = exclusive.filter(|e| !e.stopped) else { return Ok(Flow::Leave) };
         let table = || machine.table.write().unwrap_or_else(|e| e.into_inner());
         table().lift(&machine.memory, physical);
-        let flow = self.step_instruction(pc);
+        let flow = self.step_instruction(pc, true);
         table().replant(&machine.memory);
         drop(exclusive);
         match flow? {
@@ -265,15 +286,17 @@ impl Seat<'_> {
         }
     }
 
-    /// Executes one instruction on the CPU, whatever breakpoints there are.
-    fn step_instruction(&mut self, pc: u64) -> Result<Flow> {
+    /// Executes one instruction on the CPU, whatever breakpoints there are. Without `hold_interrupts`, one that waits is
+    /// taken.
+    pub(super) fn step_instruction(&mut self, pc: u64, hold_interrupts: bool) -> Result<Flow> {
         let code = self.code_at(pc)?;
         if matches!(code.first(), Some(&(HLT | PUSHF))) && self.emulate(&code)? == Emulation::Done {
             self.context().passed = None;
             return Ok(Flow::Continue);
         }
-        let block_interrupts = self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
+        let block_interrupts = hold_interrupts && self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
         let before = self.context().cpu.registers()?;
+        let expected = self.expect(&code)?;
         let mut debug = GuestDebug { single_step: true, block_interrupts, ..self.other_sites(pc)? };
         if code.first() == Some(&INT3)
             && let Some(handler) = self.gate(BREAKPOINT)?
@@ -329,6 +352,9 @@ impl Seat<'_> {
         self.clear_trap_flag(&before, pc)?;
         self.context().armed = None;
         let moved = self.context().cpu.registers()?.rip != pc;
+        if let Some(expected) = expected.filter(|_| moved || flow == Flow::Continue) {
+            self.note_expected(expected, &code)?;
+        }
         if moved || flow == Flow::Continue && !is_repeated(&code) {
             self.context().passed = None;
         }
@@ -356,7 +382,7 @@ impl Seat<'_> {
         }
         let capabilities = self.machine.capabilities()?;
         let mut debug = self.machine.table.read().unwrap_or_else(|e| e.into_inner()).guest_debug(&capabilities);
-        debug.hardware.retain(|b| b.address != pc);
+        debug.hardware.retain(|b| b.access != Access::Execute || b.address != pc);
         Ok(debug)
     }
 
@@ -415,40 +441,51 @@ impl Seat<'_> {
         Ok(())
     }
 
-    /// A step that a front end asked for: one instruction, then an event.
-    pub(crate) fn step_by_plan(&mut self) -> Result<()> {
+    /// A step that a front end asked for: one instruction, or as many as leave a range of addresses; then an event.
+    pub(crate) fn step_by_plan(&mut self, range: Range<u64>) -> Result<()> {
         if self.resume_call()? == Flow::Leave {
             return Ok(());
         }
-        let pc = self.context().cpu.registers()?.rip;
-        let flow = match self.machine.site_at(pc) {
-            Some(kind) => {
-                if self.context().passed != Some(pc)
-                    && let Some(reason) = self.decide(pc)?
-                {
-                    self.stop(pc, reason)?;
-                    return Ok(());
-                }
-                self.step_over(pc, kind)?
+        let mut pc = self.context().cpu.registers()?.rip;
+        if self.machine.site_at(pc).is_some() && self.context().passed != Some(pc) {
+            let reasons = self.decide(pc)?;
+            if !reasons.is_empty() {
+                self.stop_for(pc, reasons)?;
+                return Ok(());
             }
-            None => self.step_instruction(pc)?,
-        };
-        if flow == Flow::Leave {
-            return Ok(());
         }
-        let pc = self.context().cpu.registers()?.rip;
-        let arrived = self.machine.site_at(pc).is_some() && self.context().passed != Some(pc);
-        let found = if arrived { self.decide(pc)? } else { None };
-        self.stop(pc, found.unwrap_or(StopReason::Step))?;
-        Ok(())
+        loop {
+            let flow = match self.machine.site_at(pc) {
+                Some(kind) => self.step_over(pc, kind)?,
+                None => self.step_instruction(pc, true)?,
+            };
+            self.settle_io()?;
+            if self.judge()? == Flow::Leave || flow == Flow::Leave {
+                return Ok(());
+            }
+            pc = self.context().cpu.registers()?.rip;
+            let arrived = self.machine.site_at(pc).is_some() && self.context().passed != Some(pc);
+            let reasons = if arrived { self.decide(pc)? } else { Vec::new() };
+            if !reasons.is_empty() {
+                self.stop_for(pc, reasons)?;
+                return Ok(());
+            }
+            if !range.contains(&pc) {
+                self.stop(pc, StopReason::Step)?;
+                return Ok(());
+            }
+            if self.machine.engine.is_requested(self.number) {
+                return Ok(());
+            }
+        }
     }
 
-    fn paging_mode(&mut self) -> Result<PagingMode> {
+    pub(super) fn paging_mode(&mut self) -> Result<PagingMode> {
         Ok(PagingMode::from(&self.context().cpu.system_registers()?))
     }
 
     /// The guest's own code at `pc`: up to 15 bytes, as many as are mapped.
-    fn code_at(&mut self, pc: u64) -> Result<Vec<u8>> {
+    pub(super) fn code_at(&mut self, pc: u64) -> Result<Vec<u8>> {
         let mode = self.paging_mode()?;
         let view = self.machine.view();
         let mut code = [0u8; 15];
@@ -460,11 +497,12 @@ impl Seat<'_> {
     }
 
     /// Executes the instruction `code` at the program counter in the emulator, on the vCPU's real state.
-    fn emulate(&mut self, code: &[u8]) -> Result<Emulation> {
+    pub(super) fn emulate(&mut self, code: &[u8]) -> Result<Emulation> {
         if code.is_empty() {
             return Ok(Emulation::Unsupported);
         }
         let needs = x86::needs(code);
+        let watches = self.watched();
         let machine = self.machine;
         let cpu = self.context().cpu.as_mut();
         let registers = cpu.registers()?;
@@ -483,9 +521,12 @@ impl Seat<'_> {
             state.registers.rip = state.registers.rip.wrapping_add(1);
             cpu.set_registers(&state.registers)?;
             cpu.halt()?;
+            // It sleeps where the CPU is entered.
+            self.context().watching.enter_next();
             return Ok(Emulation::Done);
         }
-        let mut bus = GuestBus { view: machine.view(), memory: &machine.memory, mode, user };
+        let (view, memory) = (machine.view(), &machine.memory);
+        let mut bus = GuestBus { view, memory, mode, user, watches: &watches, recorder: Default::default() };
         let outcome = x86::step_bytes(&mut state, &mut bus, code);
         if state.fpu != before.fpu {
             cpu.set_fpu(&state.fpu)?;
@@ -500,6 +541,8 @@ impl Seat<'_> {
                 if needs.writes_system {
                     cpu.set_system_registers(&state.system)?;
                 }
+                let touches = bus.touches();
+                self.context().watching.touches.extend(touches);
                 Ok(if repeat { Emulation::Repeat } else { Emulation::Done })
             }
             x86::Outcome::Fault { vector, error_code, address } => {
@@ -522,119 +565,4 @@ fn fetch_fpu(cpu: &mut dyn Vcpu, state: &mut x86::CpuState) -> Result<()> {
         state.ymm_high = cpu.ymm_high()?;
     }
     Ok(())
-}
-
-/// Guest-virtual memory for the emulator, with the permissions of the guest's page tables.
-struct GuestBus<'a> {
-    view: View<'a>,
-    memory: &'a crate::memory::GuestMemory,
-    mode: PagingMode,
-    user: bool,
-}
-
-/// Bits of a page fault's error code (Intel SDM 3A, 4.7).
-const FAULT_PRESENT: u32 = 1;
-const FAULT_WRITE: u32 = 2;
-const FAULT_USER: u32 = 4;
-
-impl GuestBus<'_> {
-    fn check(&self, address: u64, length: usize, write: bool) -> Result<(), x86::BusError> {
-        let mut done = 0u64;
-        while done < length as u64 {
-            let at = address.wrapping_add(done);
-            let code = if write { FAULT_WRITE } else { 0 } | if self.user { FAULT_USER } else { 0 };
-            let page = paging::translate(self.memory, &self.mode, at)
-                .map_err(|_| x86::BusError::PageFault { address: at, error_code: code })?;
-            let write_protect = self.user || self.mode.cr0 & crate::registers::CR0_WP != 0;
-            if (write && !page.writable && write_protect) || (self.user && !page.user) {
-                return Err(x86::BusError::PageFault { address: at, error_code: code | FAULT_PRESENT });
-            }
-            let piece = page.remaining.min(length as u64 - done);
-            if !self.memory.contains(page.physical, piece) {
-                return Err(x86::BusError::NotRam);
-            }
-            done += piece;
-        }
-        Ok(())
-    }
-}
-
-impl x86::Bus for GuestBus<'_> {
-    fn read(&mut self, address: u64, buffer: &mut [u8]) -> Result<(), x86::BusError> {
-        self.check(address, buffer.len(), false)?;
-        self.view.read(&self.mode, address, buffer).map_err(|_| x86::BusError::NotRam)
-    }
-
-    fn write(&mut self, address: u64, data: &[u8]) -> Result<(), x86::BusError> {
-        self.check(address, data.len(), true)?;
-        self.view.write(&self.mode, address, data).map_err(|_| x86::BusError::NotRam)
-    }
-
-    fn fetch(&mut self, address: u64, buffer: &mut [u8; 15]) -> usize {
-        if self.view.read(&self.mode, address, buffer).is_ok() { buffer.len() } else { 0 }
-    }
-
-    fn compare_exchange(
-        &mut self,
-        address: u64,
-        size: usize,
-        expected: u128,
-        new: u128,
-    ) -> Result<u128, x86::BusError> {
-        self.check(address, size, true)?;
-        let page = paging::translate(self.memory, &self.mode, address).map_err(|_| x86::BusError::NotRam)?;
-        self.memory.compare_exchange(page.physical, size, expected, new).ok_or(x86::BusError::NotRam)
-    }
-
-    fn read_tsc(&mut self) -> u64 {
-        // SAFETY: RDTSC has no effect but its result.
-        unsafe { std::arch::x86_64::_rdtsc() }
-    }
-}
-
-/// A stopped vCPU's values for a condition.
-struct Values<'a> {
-    cpu: &'a mut dyn Vcpu,
-    view: View<'a>,
-    system: Option<SystemRegisters>,
-    number: u32,
-    breakpoint: &'a Breakpoint,
-}
-
-impl Values<'_> {
-    fn system(&mut self) -> Result<SystemRegisters> {
-        if self.system.is_none() {
-            self.system = Some(self.cpu.system_registers()?);
-        }
-        Ok(self.system.expect("just set"))
-    }
-}
-
-impl ConditionContext for Values<'_> {
-    fn register(&mut self, id: RegisterId) -> Result<u64, EvaluateError> {
-        let value = if id.is_general() {
-            self.cpu.registers().map(|r| r.get(id).expect("a general register"))
-        } else {
-            self.system().map(|s| s.get(id).expect("a system register"))
-        };
-        value.map_err(|e| EvaluateError::Register(Box::new(e)))
-    }
-
-    fn read(&mut self, address: u64, buffer: &mut [u8]) -> Result<(), GuestFault> {
-        let fault = GuestFault { address, length: buffer.len() as u64, is_virtual: true };
-        let mode = PagingMode::from(&self.system().map_err(|_| fault)?);
-        self.view.read(&mode, address, buffer)
-    }
-
-    fn vcpu(&self) -> u32 {
-        self.number
-    }
-
-    fn hits(&self) -> u64 {
-        self.breakpoint.hits()
-    }
-
-    fn reached(&self) -> u64 {
-        self.breakpoint.reached()
-    }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::breakpoints::Breakpoint;
 use super::engine::End;
+use super::watchpoints::Touch;
 use crate::error::Crash;
 
 /// Why the world stands still.
@@ -18,6 +19,22 @@ pub enum StopReason {
         breakpoint: Arc<Breakpoint>,
         /// Why its condition has no value, if that is why it stopped.
         error: Option<String>,
+    },
+    /// A watchpoint's decision chain said so, after an access to what it watches. `error` as for a breakpoint.
+    Watchpoint {
+        /// The watchpoint.
+        breakpoint: Arc<Breakpoint>,
+        /// The access, and what it did.
+        touch: Touch,
+        /// Why its condition has no value, if that is why it stopped.
+        error: Option<String>,
+    },
+    /// A hypercall that is to be caught: it is about to be answered, or was.
+    Hypercall {
+        /// Its port or address.
+        number: u64,
+        /// Before the answer.
+        entry: bool,
     },
     /// A step is done.
     Step,
@@ -47,12 +64,24 @@ impl StopReason {
         match self {
             Self::Entry => "entry",
             Self::Breakpoint { .. } => "breakpoint",
+            Self::Watchpoint { .. } => "watchpoint",
+            Self::Hypercall { .. } => "hypercall",
             Self::Step => "step",
             Self::Interrupt => "interrupt",
             Self::Timeout => "timeout",
             Self::Exit { .. } => "exit",
             Self::Crash(_) => "crash",
             Self::Exception { .. } => "exception",
+        }
+    }
+
+    /// The breakpoint or watchpoint that it is about.
+    pub fn breakpoint(&self) -> Option<&Arc<Breakpoint>> {
+        match self {
+            Self::Breakpoint { breakpoint, .. }
+            | Self::Watchpoint { breakpoint, .. }
+            | Self::Exception { breakpoint, .. } => Some(breakpoint),
+            _ => None,
         }
     }
 
@@ -93,4 +122,14 @@ pub struct Event {
     pub pc: u64,
     /// What it found.
     pub reason: StopReason,
+    /// What it found besides, at the same arrival or by the same access. All of it is one stop; these count when the
+    /// first reason's breakpoint is gone before it was reported.
+    pub others: Vec<StopReason>,
+}
+
+impl Event {
+    /// An event with one reason.
+    pub fn new(vcpu: u32, pc: u64, reason: StopReason) -> Self {
+        Self { vcpu, pc, reason, others: Vec::new() }
+    }
 }

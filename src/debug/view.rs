@@ -43,6 +43,29 @@ impl<'a> View<'a> {
         Ok(())
     }
 
+    /// `length` bytes from guest-virtual `address`; none if one of them is not mapped.
+    pub fn read_vec(&self, mode: &PagingMode, address: u64, length: u64) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        if self.read(mode, address, &mut bytes).is_err() {
+            bytes.clear();
+        }
+        bytes
+    }
+
+    /// Fills as much of `buffer` as is mapped from guest-virtual `address` on; returns how many bytes.
+    pub fn read_prefix(&self, mode: &PagingMode, address: u64, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        for (_, range, physical) in self.pieces(mode, address, buffer.len()) {
+            let end = range.end;
+            let Some(physical) = physical else { break };
+            if self.read_physical(physical, &mut buffer[range]).is_err() {
+                break;
+            }
+            done = end;
+        }
+        done
+    }
+
     /// Writes `data` to guest-virtual `address`, whatever the page's write permission. Nothing is written unless all of it can be.
     pub fn write(&self, mode: &PagingMode, address: u64, data: &[u8]) -> Result<(), GuestFault> {
         let pieces: Vec<_> = self.pieces(mode, address, data.len()).collect();
@@ -58,7 +81,7 @@ impl<'a> View<'a> {
     }
 
     /// The pages of a virtual range: virtual address, part of the range, physical address.
-    fn pieces(
+    pub(super) fn pieces(
         &self,
         mode: &PagingMode,
         address: u64,

@@ -222,6 +222,24 @@ impl Serial {
         }
     }
 
+    /// Like [`Serial::flush`], and waits until another thread that is in the callback has delivered the rest. Not for
+    /// callbacks: they would wait for themselves.
+    pub fn settle(&self, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
+        loop {
+            self.flush(cancelled)?;
+            let is_busy = self.is_callback() && lock(&self.state).callback.is_none();
+            if !is_busy {
+                return Ok(());
+            }
+            self.wait(cancelled)?;
+        }
+    }
+
+    /// Whether a callback has failed. Its error went to the thread that called it.
+    pub fn callback_has_failed(&self) -> bool {
+        self.is_callback() && lock(&self.state).failed
+    }
+
     /// Whether a flush has something to do.
     pub fn has_unflushed(&self) -> bool {
         !matches!(self.sink, Sink::Capture { .. }) && !lock(&self.state).buffer.is_empty()

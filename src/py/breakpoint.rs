@@ -109,10 +109,29 @@ impl PyBreakpoint {
         detached(py, || self.machine.delete_breakpoint(&self.inner))
     }
 
+    /// Bytes that a watchpoint watches; None for a breakpoint.
+    #[getter]
+    fn size(&self) -> Option<u64> {
+        self.inner.watch.as_ref().map(|w| w.length)
+    }
+
+    /// What fires a watchpoint: "write", "read" or "access"; None for a breakpoint.
+    #[getter]
+    fn access(&self) -> Option<&'static str> {
+        self.inner.watch.as_ref().map(|w| w.access.name())
+    }
+
     /// How the guest is made to stop there: "int3", "debug register" or "single-step"; None while disabled.
     #[getter]
     fn kind(&self) -> Option<&'static str> {
         use crate::debug::breakpoints::SiteKind;
+        use crate::debug::watchpoints::WatchKind;
+        if self.inner.watch.is_some() {
+            return Some(match self.machine.watch_kind(&self.inner)? {
+                WatchKind::Hardware(_) => "debug register",
+                WatchKind::Stepped => "single-step",
+            });
+        }
         Some(match self.machine.site_at(self.inner.address)? {
             SiteKind::Planted(_) => "int3",
             SiteKind::Hardware => "debug register",
@@ -131,7 +150,8 @@ impl PyBreakpoint {
     }
 
     fn __repr__(&self) -> String {
-        format!("<Breakpoint {} at {} ({:#x})>", self.inner.id, self.inner.options.location, self.inner.address)
+        let what = if self.inner.watch.is_some() { "Watchpoint" } else { "Breakpoint" };
+        format!("<{what} {} at {} ({:#x})>", self.inner.id, self.inner.options.location, self.inner.address)
     }
 
     fn __eq__(&self, other: &Self) -> bool {
@@ -141,6 +161,18 @@ impl PyBreakpoint {
     fn __hash__(&self) -> isize {
         // The address of what is shared, as for any object without equality of its own.
         Arc::as_ptr(&self.inner) as isize
+    }
+}
+
+/// Watched bytes as Python sees them: a number of up to eight bytes, else bytes; None if they are not mapped.
+pub fn watched<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Option<Bound<'py, PyAny>>> {
+    match bytes.len() {
+        0 => Ok(None),
+        1..=8 => {
+            let number = bytes.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+            Ok(Some(number.into_pyobject(py)?.into_any()))
+        }
+        _ => Ok(Some(pyo3::types::PyBytes::new(py, bytes).into_any())),
     }
 }
 

@@ -70,6 +70,11 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Keeps another callable in the same table.
+    pub fn sibling(&self, callable: Py<PyAny>) -> Arc<Kept> {
+        self.callbacks.keep(callable)
+    }
+
     /// The callable; `None` when the VM is closed.
     pub fn get(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.callbacks.lock().callables.get(&self.key).map(|c| c.clone_ref(py))
@@ -131,8 +136,9 @@ fn note(py: Python<'_>, error: &PyErr, hit: &Hit) {
         let _ = error.value(py).setattr("__traceback__", traceback);
     }
     let symbol = hit.machine.symbol_at(hit.pc).map(|s| format!(" ({s})")).unwrap_or_default();
+    let what = if hit.touch.is_some() { "watchpoint" } else { "breakpoint" };
     let text = format!(
-        "raised by the callback of breakpoint {} on vCPU {} at pc {:#x}{symbol}",
+        "raised by the callback of {what} {} on vCPU {} at pc {:#x}{symbol}",
         hit.breakpoint.id, hit.vcpu, hit.pc
     );
     // An exception type that refuses notes stays as it is.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
-use super::breakpoint::PyBreakpoint;
+use super::breakpoint::{PyBreakpoint, watched};
 use super::errors::to_python;
 use super::memory::PyMemory;
 use super::registers::PyRegisters;
@@ -80,6 +80,30 @@ impl PyHit {
         PyBreakpoint::new(self.hit.machine.clone(), self.hit.breakpoint.clone())
     }
 
+    /// Of a watchpoint: the first watched byte that was accessed.
+    #[getter]
+    fn address(&self) -> Option<u64> {
+        self.hit.touch.as_ref().map(|t| t.address)
+    }
+
+    /// Of a watchpoint: "write" or "read".
+    #[getter]
+    fn access(&self) -> Option<&'static str> {
+        self.hit.touch.as_ref().map(|t| t.access())
+    }
+
+    /// Of a watchpoint: what was there before.
+    #[getter]
+    fn get_old<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.hit.touch.as_ref().map_or(Ok(None), |t| watched(py, &t.old))
+    }
+
+    /// Of a watchpoint: what is there now.
+    #[getter]
+    fn get_new<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.hit.touch.as_ref().map_or(Ok(None), |t| watched(py, &t.new))
+    }
+
     #[getter]
     fn symbol(&self) -> Option<String> {
         self.hit.machine.symbol_at(self.hit.pc)
@@ -105,6 +129,7 @@ impl PyHit {
 
     fn __repr__(&self) -> String {
         let at = self.hit.machine.symbol_at(self.hit.pc).unwrap_or_else(|| format!("{:#x}", self.hit.pc));
-        format!("<Hit of breakpoint {} on vCPU {} at {at}>", self.hit.breakpoint.id, self.hit.vcpu)
+        let what = if self.hit.touch.is_some() { "watchpoint" } else { "breakpoint" };
+        format!("<Hit of {what} {} on vCPU {} at {at}>", self.hit.breakpoint.id, self.hit.vcpu)
     }
 }

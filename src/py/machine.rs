@@ -7,22 +7,24 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::breakpoint::{CompiledParts, PyBreakpoint, program};
+use super::breakpoint::{CompiledParts, PyBreakpoint, program, watched};
 use super::callbacks::{self, Callbacks, PyPredicate, Raised};
 use super::errors::{crashed, detached, to_python};
 use super::hit::Reach;
 use super::image::PyImage;
 use super::memory::PyMemory;
 use super::registers::PyRegisters;
+use crate::backend::soft::clock::ClockKind;
 use crate::debug::breakpoints::{BreakpointOptions, Condition};
 use crate::debug::engine::{End, Plan, Status};
 use crate::debug::stop::{Stop, StopReason};
+use crate::debug::watchpoints::WatchAccess;
 use crate::devices::serial::Output;
 use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
 use crate::isolation::{IoMode, Source};
 use crate::memory::Backing;
-use crate::vm::{Config, Machine};
+use crate::vm::{Config, Machine, SoftConfig, ThreadWrapper};
 
 /// A VM from its start to its end.
 #[pyclass(name = "Machine", frozen, module = "uhyve._core")]
@@ -61,6 +63,9 @@ struct Arguments {
     file_isolation: String,
     io_direct: bool,
     io_sync: bool,
+    seed: Option<u64>,
+    quantum: Option<u64>,
+    clock: Option<String>,
     debugging: bool,
 }
 
@@ -90,6 +95,15 @@ fn output(py: Python<'_>, arguments: &Arguments, callbacks: &Arc<Callbacks>) -> 
     })
 }
 
+fn soft(arguments: &Arguments) -> Result<SoftConfig> {
+    let clock = |word: &String| {
+        ClockKind::from_name(word)
+            .ok_or_else(|| Error::Config(format!("clock {word:?} is unknown; choose \"virtual\" or \"host\"")))
+    };
+    let clock = arguments.clock.as_ref().map(clock).transpose()?;
+    Ok(SoftConfig { seed: arguments.seed, quantum: arguments.quantum, clock })
+}
+
 fn isolation(word: &str) -> Result<FileIsolation> {
     match word {
         "none" => Ok(FileIsolation::None),
@@ -102,8 +116,13 @@ fn isolation(word: &str) -> Result<FileIsolation> {
 }
 
 impl PyMachine {
+    /// The callables that its VM holds.
+    pub(super) fn callbacks(&self) -> &Arc<Callbacks> {
+        &self.callbacks
+    }
+
     /// A fork has copied this object, but not the VM's threads.
-    fn machine(&self) -> PyResult<&Arc<Machine>> {
+    pub(super) fn machine(&self) -> PyResult<&Arc<Machine>> {
         match self.machine.check_owner() {
             Ok(()) => Ok(&self.machine),
             Err(error) => Python::attach(|py| Err(to_python(py, error))),
@@ -122,6 +141,14 @@ impl PyMachine {
             StopReason::Breakpoint { breakpoint, error } => {
                 dict.set_item("breakpoint", PyBreakpoint::new(self.machine.clone(), breakpoint.clone()))?;
                 dict.set_item("message", error.as_deref())?;
+            }
+            StopReason::Watchpoint { breakpoint, touch, error } => {
+                dict.set_item("breakpoint", PyBreakpoint::new(self.machine.clone(), breakpoint.clone()))?;
+                dict.set_item("message", error.as_deref())?;
+                dict.set_item("address", touch.address)?;
+                dict.set_item("access", touch.access())?;
+                dict.set_item("old", watched(py, &touch.old)?)?;
+                dict.set_item("new", watched(py, &touch.new)?)?;
             }
             StopReason::Exception { breakpoint, error } => {
                 dict.set_item("breakpoint", PyBreakpoint::new(self.machine.clone(), breakpoint.clone()))?;
@@ -184,6 +211,7 @@ impl PyMachine {
         let callbacks = Arc::new(Callbacks::default());
         let output = output(py, &arguments, &callbacks)?;
         let isolation = isolation(&arguments.file_isolation).map_err(|e| to_python(py, e))?;
+        let soft = soft(&arguments).map_err(|e| to_python(py, e))?;
         let files = arguments.files.into_iter().map(|(guest, source)| {
             (
                 guest,
@@ -211,12 +239,9 @@ impl PyMachine {
             tempdir: arguments.tempdir,
             isolation,
             io_mode: IoMode { direct: arguments.io_direct, sync: arguments.io_sync },
+            soft,
             debugging: arguments.debugging,
-            // One Python thread state for the life of the thread: attaching for a callback then costs 0.3 µs instead of 13.
-            wrapper: Some(Arc::new(|body: &mut dyn FnMut()| {
-                let body = std::panic::AssertUnwindSafe(SendPtr(body));
-                Python::attach(|py| py.detach(move || body.0.call()));
-            })),
+            wrapper: Some(thread_wrapper()),
         };
         let machine = detached(py, || Machine::start(config))?;
         Ok(Self { machine, callbacks })
@@ -254,6 +279,12 @@ impl PyMachine {
         let machine = self.machine()?;
         if step.is_some_and(|n| n >= machine.cpus()) {
             let text = format!("there is no vCPU {}; this VM has {}", step.unwrap_or(0), machine.cpus());
+            return Err(to_python(py, Error::VmState(text)));
+        }
+        if let Some(client) = machine.controller() {
+            let text = format!(
+                "a gdb client ({client}) controls the guest: let it go on there, or detach it; interrupt() and wait() work here"
+            );
             return Err(to_python(py, Error::VmState(text)));
         }
         detached(py, || {
@@ -320,6 +351,35 @@ impl PyMachine {
         let condition = self.condition(py, compiled, predicate)?;
         let options = BreakpointOptions { location, name, ignore, temporary, vcpu, disabled: !enabled, hardware };
         let inner = detached(py, || machine.add_breakpoint(address, options, condition))?;
+        Ok(PyBreakpoint::new(machine.clone(), inner))
+    }
+
+    #[pyo3(signature = (address, size, access, *, location, compiled, predicate, ignore, temporary, vcpu, enabled, name))]
+    #[allow(clippy::too_many_arguments)]
+    fn add_watchpoint(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        size: u64,
+        access: &str,
+        location: String,
+        compiled: Option<CompiledParts>,
+        predicate: Option<Py<PyAny>>,
+        ignore: u64,
+        temporary: bool,
+        vcpu: Option<u32>,
+        enabled: bool,
+        name: Option<String>,
+    ) -> PyResult<PyBreakpoint> {
+        let machine = self.machine()?;
+        let access = WatchAccess::from_name(access).ok_or_else(|| {
+            let text = format!("access {access:?} is unknown; choose \"write\", \"read\" or \"access\"");
+            to_python(py, Error::Breakpoint(text))
+        })?;
+        let condition = self.condition(py, compiled, predicate)?;
+        let options =
+            BreakpointOptions { location, name, ignore, temporary, vcpu, disabled: !enabled, ..Default::default() };
+        let inner = detached(py, || machine.add_watchpoint(address, size, access, options, condition))?;
         Ok(PyBreakpoint::new(machine.clone(), inner))
     }
 
@@ -430,7 +490,7 @@ impl PyMachine {
     ) -> PyResult<Condition> {
         let compiled = compiled.map(program).transpose().map_err(|e| to_python(py, e))?;
         let predicate = predicate.map(|callable| Arc::new(PyPredicate::new(self.callbacks.keep(callable))) as Arc<_>);
-        Ok(Condition { compiled, predicate })
+        Ok(Condition { compiled, predicate, ..Default::default() })
     }
 }
 
@@ -446,7 +506,7 @@ impl Drop for PyMachine {
 }
 
 /// How a wait ends early: by a Python exception of a signal handler, or by our own error.
-enum Interrupted {
+pub(super) enum Interrupted {
     Raised(PyErr),
     Failed(Error),
 }
@@ -457,7 +517,7 @@ impl From<Error> for Interrupted {
     }
 }
 
-fn deadline(seconds: f64) -> Result<Instant> {
+pub(super) fn deadline(seconds: f64) -> Result<Instant> {
     let duration = Duration::try_from_secs_f64(seconds).map_err(|_| {
         Error::Config(format!("timeout {seconds} is not a number of seconds (0 or more, or None for no limit)"))
     })?;
@@ -466,7 +526,15 @@ fn deadline(seconds: f64) -> Result<Instant> {
         .ok_or_else(|| Error::Config(format!("timeout {seconds} s is too far away; use None for no limit")))
 }
 
-/// The body of a vCPU's thread, carried through `Python::detach`, which runs it on the same thread.
+/// Gives a thread one Python thread state for its life: attaching for a callback then costs 0.3 µs instead of 13.
+pub(super) fn thread_wrapper() -> ThreadWrapper {
+    Arc::new(|body: &mut dyn FnMut()| {
+        let body = std::panic::AssertUnwindSafe(SendPtr(body));
+        Python::attach(|py| py.detach(move || body.0.call()));
+    })
+}
+
+/// The body of a thread, carried through `Python::detach`, which runs it on the same thread.
 struct SendPtr<'a>(&'a mut dyn FnMut());
 
 // SAFETY: `detach` calls its closure on the calling thread, before it returns; nothing is sent anywhere.

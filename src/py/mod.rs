@@ -5,6 +5,7 @@ mod breakpoint;
 mod callbacks;
 mod condition;
 mod errors;
+mod gdb;
 mod hit;
 mod image;
 mod machine;
@@ -25,6 +26,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<hit::PyHit>()?;
     module.add_class::<registers::PyRegisters>()?;
     module.add_class::<memory::PyMemory>()?;
+    module.add_class::<gdb::PyGdbServer>()?;
+    module.add_function(wrap_pyfunction!(probe::choose_backend, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;
+    module.add_function(wrap_pyfunction!(probe::probe_soft, module)?)?;
     condition::register(module)
 }

@@ -49,6 +49,11 @@ impl GuestInput {
         })
     }
 
+    /// The guest boots at that time, in seconds since 1970, whatever the host's clock says.
+    pub(super) fn boot_at(&mut self, seconds: u64) {
+        self.boot_time_ns = i128::from(seconds) * 1_000_000_000;
+    }
+
     /// What the hypercalls of interface 1 tell; newer kernels read the device tree.
     pub(super) fn command_line(&self, image: &Image) -> Result<CommandLine> {
         if image.interface() == 1 {

@@ -3,23 +3,39 @@
 //! lifting it. iced-x86 decodes; integer instructions are written out in Rust; SSE and x87 arithmetic is done by the
 //! host's own CPU, so that rounding, NaNs and exception flags are the hardware's. Only 64-bit mode is known.
 
+mod accesses;
 mod avx_lane;
 mod avx_masked;
 mod avx_table;
 mod bits;
+mod bus;
 mod control;
+mod core;
+pub mod cpu;
+mod cpuid;
+mod debug_registers;
+mod exception;
 mod features;
 mod flags;
 mod fpu;
 mod fpu_environment;
+pub mod hooks;
 mod integer;
+mod lazy;
 mod masked;
+mod mmu;
 mod mmx;
+mod msr;
 mod operand;
+pub mod platform;
+mod port;
+mod privileged;
+mod segment;
 mod shift;
 mod sse;
 mod sse_table;
 mod sse_text;
+pub mod state;
 mod string;
 mod system;
 #[cfg(test)]
@@ -31,6 +47,12 @@ mod vector_move;
 mod vector_soft;
 mod xsave;
 
+pub use cpu::{Cpu, CpuExit};
+pub use cpuid::cpuid;
+pub use hooks::{DebugOptions, Hooks, WatchKind, Watchpoint};
+pub use platform::{MsrReply, Platform, Reply};
+pub use state::{Fault, Msrs, State};
+
 use iced_x86::{
     CpuidFeature, Decoder, DecoderError, DecoderOptions, Formatter as _, Instruction, IntelFormatter, Mnemonic,
     Register,
@@ -40,6 +62,7 @@ use crate::registers::{
     CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_RF, Segment, segment_attributes,
 };
 use crate::registers::{FpuState, Registers, SystemRegisters};
+pub use accesses::{Accesses, accesses};
 pub use features::{Features, features};
 use operand::Machine;
 pub use vector::{Control, Operation, VectorFn, operation};
@@ -100,6 +123,8 @@ pub enum BusError {
     },
     /// The address is mapped but not to RAM, or the access can't be done atomically where it has to be.
     NotRam,
+    /// The address is not aligned, and the guest has asked to be told: #AC.
+    Unaligned,
 }
 
 /// Guest memory as one vCPU sees it: guest-virtual (linear) addresses, translated with the vCPU's current page tables
@@ -177,6 +202,7 @@ impl From<BusError> for Outcome {
                 Self::Fault { vector: 14, error_code: Some(error_code), address: Some(address) }
             }
             BusError::NotRam => Self::Unsupported,
+            BusError::Unaligned => Self::fault_zero(17),
         }
     }
 }
@@ -214,6 +240,11 @@ fn execute(cpu: &mut CpuState, bus: &mut dyn Bus, instruction: &Instruction, cod
     if cpu.system.cs.attributes & segment_attributes::L == 0 || checks_alignment(cpu) {
         return Outcome::Unsupported;
     }
+    execute_family(cpu, bus, instruction, code)
+}
+
+/// [`execute`] in a mode that is known to do.
+fn execute_family(cpu: &mut CpuState, bus: &mut dyn Bus, instruction: &Instruction, code: &[u8]) -> Outcome {
     let before = cpu.registers;
     cpu.registers.rip = instruction.next_ip();
     let mut machine = Machine { cpu, bus, instruction, code };

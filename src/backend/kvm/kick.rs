@@ -2,11 +2,11 @@
 //! the next KVM_RUN return at once, and a signal, which ends the one that is under way (and a blocking system call of
 //! the vCPU's thread, since the handler is installed without SA_RESTART).
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Mutex, OnceLock};
 
-use crate::backend::Kick;
-use crate::error::{Error, Result};
+use crate::backend::{Kick, signal};
+use crate::error::Result;
 
 /// The kick handle of a KVM vCPU.
 pub(super) struct KvmKick {
@@ -32,7 +32,7 @@ impl KvmKick {
 
     /// From now on kicks go to the calling thread. The caller unbinds before the thread or the vCPU ends.
     pub(super) fn bind(&self, immediate_exit: *const AtomicU8) -> Result<()> {
-        signal()?;
+        signal::number()?;
         // SAFETY: always sound.
         let thread = unsafe { libc::pthread_self() };
         *self.target.lock().unwrap_or_else(|e| e.into_inner()) = Some(Target { immediate_exit, thread });
@@ -56,48 +56,11 @@ impl KvmKick {
 impl Kick for KvmKick {
     fn kick(&self) {
         let target = self.target.lock().unwrap_or_else(|e| e.into_inner());
-        let (Some(target), Ok(signal)) = (&*target, signal()) else { return };
+        let (Some(target), Ok(signal)) = (&*target, signal::number()) else { return };
         self.kicked.store(true, Ordering::SeqCst);
         // SAFETY: bound, so the vCPU's page is mapped; and the byte is shared with the kernel, so atomics only.
         unsafe { (*target.immediate_exit).store(1, Ordering::SeqCst) };
         // SAFETY: bound, so the thread has not ended.
         unsafe { libc::pthread_kill(target.thread, signal) };
     }
-}
-
-extern "C" fn nothing(_: libc::c_int) {}
-
-/// The real-time signal for kicks: the first one that nobody handles, with a handler that does nothing, for the
-/// whole process.
-fn signal() -> Result<libc::c_int> {
-    static SIGNAL: OnceLock<Option<libc::c_int>> = OnceLock::new();
-    SIGNAL.get_or_init(|| (libc::SIGRTMIN()..=libc::SIGRTMAX()).find(|signal| install(*signal))).ok_or_else(|| {
-        Error::Config("every real-time signal has a handler in this process; one is needed to interrupt vCPUs".into())
-    })
-}
-
-fn install(signal: libc::c_int) -> bool {
-    // SAFETY: a zeroed sigaction is a valid one (SIG_DFL, empty mask), and all pointers are to locals.
-    unsafe {
-        let mut old: libc::sigaction = std::mem::zeroed();
-        if libc::sigaction(signal, std::ptr::null(), &mut old) != 0 || old.sa_sigaction != libc::SIG_DFL {
-            return false;
-        }
-        let mut new: libc::sigaction = std::mem::zeroed();
-        new.sa_sigaction = nothing as *const () as usize;
-        libc::sigaction(signal, &new, std::ptr::null_mut()) == 0
-    }
-}
-
-/// Lets the kick signal through in the calling thread, whatever mask it inherited.
-pub(super) fn unblock() -> Result<()> {
-    let signal = signal()?;
-    // SAFETY: the set is a local and initialised by sigemptyset.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, signal);
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
-    }
-    Ok(())
 }

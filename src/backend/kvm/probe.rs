@@ -33,11 +33,20 @@ pub fn capabilities() -> Result<Capabilities> {
     Ok(*PROBED.get_or_init(|| found))
 }
 
+/// Whether ring-0 code runs on the CPU itself, by one small guest; probed once in a process.
+pub fn is_native() -> Result<bool> {
+    static PROBED: OnceLock<bool> = OnceLock::new();
+    if let Some(known) = PROBED.get() {
+        return Ok(*known);
+    }
+    // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
+    let found = reached(Guest::start(&[0x66, 0x0f, 0x51, 0xc0])?.run(&GuestDebug::default())?);
+    Ok(*PROBED.get_or_init(|| found))
+}
+
 fn probe() -> Result<Capabilities> {
     let kvm = super::open_kvm()?;
     let flags = u32::try_from(kvm.check_extension_raw(CAP_SET_GUEST_DEBUG2)).unwrap_or(0);
-    // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
-    let native = Guest::start(&[0x66, 0x0f, 0x51, 0xc0])?.run(&GuestDebug::default())?;
     let step = Guest::start(&[0x90, 0x90])?.run(&GuestDebug { single_step: true, ..Default::default() })?;
     let int3 = Guest::start(&[0xcc])?.run(&GuestDebug { software_breakpoints: true, ..Default::default() })?;
     let mut hardware = 0;
@@ -55,7 +64,7 @@ fn probe() -> Result<Capabilities> {
     // mov [DATA], eax
     let watched = Guest::start(&[0x89, 0x04, 0x25, 0x00, 0x90, 0x00, 0x00])?.run(&watch)?;
     Ok(Capabilities {
-        native_ring0: reached(native),
+        native_ring0: is_native()?,
         single_step: matches!(step, Exit::Debug(event) if event.pc == CODE + 1),
         block_interrupts: flags & kvm_bindings::KVM_GUESTDBG_BLOCKIRQ != 0,
         int3: match int3 {

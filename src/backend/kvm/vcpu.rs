@@ -14,7 +14,9 @@ use kvm_bindings::{
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::{convert, failed, kick};
-use crate::backend::{Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
+use crate::backend::{
+    Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu, signal,
+};
 use crate::error::{Error, Result};
 use crate::registers::{FpuState, Registers, SystemRegisters};
 
@@ -43,6 +45,8 @@ pub struct KvmVcpu {
     /// The shared page holds registers that KVM takes at the next KVM_RUN.
     dirty: bool,
     io: Option<IoAccess>,
+    /// The system registers, until the guest runs or somebody sets them.
+    system: Option<SystemRegisters>,
     debug: GuestDebug,
     debugging: bool,
 }
@@ -65,6 +69,7 @@ impl KvmVcpu {
             synced: false,
             dirty: false,
             io: None,
+            system: None,
             debug: GuestDebug::default(),
             debugging: false,
         };
@@ -98,6 +103,7 @@ impl KvmVcpu {
             }
         }
         self.io = None;
+        self.system = None;
         // SAFETY: a vCPU fd and a request without argument; what the guest does stays in guest memory.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
         self.dirty = false;
@@ -247,7 +253,7 @@ impl Drop for KvmVcpu {
 
 impl Vcpu for KvmVcpu {
     fn bind_to_current_thread(&mut self) -> Result<()> {
-        kick::unblock()?;
+        signal::unblock()?;
         let flag: *const AtomicU8 = self.immediate_exit();
         self.kick.bind(flag)
     }
@@ -310,10 +316,16 @@ impl Vcpu for KvmVcpu {
     }
 
     fn system_registers(&mut self) -> Result<SystemRegisters> {
-        Ok(SystemRegisters::from(&self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?))
+        if let Some(known) = self.system {
+            return Ok(known);
+        }
+        let found = SystemRegisters::from(&self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?);
+        self.system = Some(found);
+        Ok(found)
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        self.system = None;
         let mut sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
         convert::apply(registers, &mut sregs);
         self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))
@@ -362,6 +374,8 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
+        // EFER and the bases of FS and GS are both.
+        self.system = None;
         let msrs =
             Msrs::from_entries(&[kvm_msr_entry { index, data: value, ..Default::default() }]).expect("one entry fits");
         let taken = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
@@ -403,6 +417,11 @@ impl Vcpu for KvmVcpu {
         events.exception.has_error_code = u8::from(exception.error_code.is_some());
         events.exception.error_code = exception.error_code.unwrap_or(0);
         self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn is_halted(&mut self) -> Result<bool> {
+        let state = self.fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        Ok(state.mp_state == kvm_bindings::KVM_MP_STATE_HALTED)
     }
 
     fn halt(&mut self) -> Result<()> {

@@ -179,6 +179,26 @@ fn test_writers_of_a_slow_callback_wait_and_nothing_is_lost() {
 }
 
 #[test]
+fn test_settle_waits_for_the_callback_of_another_thread() {
+    let (entered, inside) = std::sync::mpsc::channel();
+    let done = Arc::new(AtomicUsize::new(0));
+    let count = done.clone();
+    let callback = Box::new(move |_: &[u8]| {
+        entered.send(()).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        count.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    });
+    let serial = Serial::new(Output::Callback(callback)).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| serial.write(b"a line\n", NEVER).unwrap());
+        inside.recv().unwrap();
+        serial.settle(NEVER).unwrap();
+        assert_eq!(done.load(Ordering::SeqCst), 1);
+    });
+}
+
+#[test]
 fn test_writer_behind_a_stuck_callback_can_be_kicked() {
     let (mut read_end, write_end) = nix::unistd::pipe().map(|(r, w)| (File::from(r), File::from(w))).unwrap();
     let callback = Box::new(move |_: &[u8]| {

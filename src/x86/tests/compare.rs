@@ -204,6 +204,27 @@ fn undefined_flags(instruction: &Instruction) -> u64 {
     named | if shift { 0x810 } else { 0 }
 }
 
+/// Whether the host has what the emulator does without it.
+fn host_has(instruction: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    use std::is_x86_feature_detected as has;
+    // SAFETY: every 64-bit processor has CPUID, and one with AVX or ADX has leaf 7; others answer with other bits.
+    let structured = std::arch::x86_64::__cpuid_count(7, 0).ebx;
+    instruction.cpuid_features().iter().all(|feature| match feature {
+        F::ADX => has!("adx"),
+        F::MOVBE => has!("movbe"),
+        F::POPCNT => has!("popcnt"),
+        F::LZCNT => has!("lzcnt"),
+        F::BMI1 => has!("bmi1"),
+        F::BMI2 => has!("bmi2"),
+        F::VAES => has!("vaes"),
+        F::VPCLMULQDQ => has!("vpclmulqdq"),
+        F::CLFLUSHOPT => structured >> 23 & 1 != 0,
+        F::CLWB => structured >> 24 & 1 != 0,
+        _ => true,
+    })
+}
+
 /// Whether the result itself is undefined: a 16-bit double shift by more than 16, or what a repeated string instruction
 /// with 32-bit addresses and a count of 0 leaves in the upper halves (Intel's CPUs clear them, AMD's don't).
 fn is_undefined(instruction: &Instruction, before: &CpuState, scratch: u64) -> bool {
@@ -302,7 +323,7 @@ fn compare_from(
     bytes: &[u8],
 ) -> Option<(Mnemonic, Option<String>)> {
     let instruction = decode(bytes, before.registers.rip).ok()?;
-    if is_excluded(&instruction) || is_undefined(&instruction, &before, native.scratch()) {
+    if is_excluded(&instruction) || !host_has(&instruction) || is_undefined(&instruction, &before, native.scratch()) {
         return None;
     }
     let code = &bytes[..instruction.len()];

@@ -5,8 +5,10 @@
 mod behaviour;
 mod compare;
 mod inventory;
+mod machine;
 mod native;
 mod random;
+mod system;
 mod vectors;
 
 use super::{Bus, BusError, MAX_LENGTH};

@@ -16,14 +16,14 @@ import uhyve
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 60
 GREETING = b"Hello from a test guest\nand a line by the buffer\n"
 
 
 @pytest.fixture(params=["python -m uhyve", "uhyve"])
-def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path) -> Callable:
+def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path, backend: str) -> Callable:
     """``start(*words)`` starts the command, by both ways to call it, in a folder of its own and without settings."""
     if request.param == "uhyve":
         installed = Path(sys.executable).parent / "uhyve"
@@ -34,7 +34,9 @@ def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path) -> Ca
         prefix = [sys.executable, "-m", "uhyve"]
     folder = tmp_path / "cwd"
     folder.mkdir()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HERMIT_", "UHYVE_", "RUST_"))}
+    ours = ("HERMIT_", "UHYVE_", "RUST_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    clean["UHYVE_BACKEND"] = backend
 
     def begin(*words: object, env: dict[str, str] | None = None, **options: Any) -> Any:
         environment = clean | {"XDG_CONFIG_HOME": str(tmp_path / "config"), "COLUMNS": "200"} | (env or {})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from uhyve import Hit
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 30
 CPUS = pytest.mark.parametrize("cpus", [1, 2, 4])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 60
 GREETING = "Hello from a test guest\nand a line by the buffer\n"
@@ -24,14 +24,14 @@ GREETING = "Hello from a test guest\nand a line by the buffer\n"
 @pytest.mark.parametrize("pie", [True, False])
 @pytest.mark.parametrize("interface", [1, 2, 3])
 def test_run_of_every_kind_of_image_greets_and_ends_with_0(
-    guest: Callable[..., Path], interface: int, pie: bool, entry_version: int, aslr: bool
+    guest: Callable[..., Path], interface: int, pie: bool, entry_version: int, aslr: bool, backend: str
 ) -> None:
     vm = Vm(guest("hello", interface=interface, pie=pie, entry_version=entry_version), aslr=aslr)
 
     result = vm.run(LIMIT)
 
     assert (result.code, result.output, result.truncated) == (0, GREETING, False)
-    assert result.backend == "kvm"
+    assert result.backend == backend
     assert 0 < result.seconds < LIMIT
     assert (vm.image.interface, vm.image.entry_version, vm.image.relocatable) == (interface, entry_version, pie)
 

@@ -1,0 +1,438 @@
+//! One client's session: bytes come through the filter to gdbstub, stops of the engine go back. The socket and the
+//! engine are waited for together; nothing is polled.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+
+use super::address::{Client, Listener};
+use super::filter::{Event, Filter, Session as FilterSession, ThreadEntry};
+use super::policy::{Decision, Policy};
+use super::registers::core_register;
+use super::stub::{Fed, PACKET_SIZE, Stub};
+use super::target::{GdbTarget, Reason, Request};
+use crate::debug::engine::{End, KICK_AGAIN, Plan, Status};
+use crate::debug::stop::{Stop, StopReason};
+use crate::error::Result;
+use crate::registers::RegisterId;
+use crate::vm::Machine;
+
+/// The most that waits to be read by a client that does not read.
+const MOST_UNSENT: usize = 8 << 20;
+
+/// How a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The client detached; the guest runs on.
+    Detached,
+    /// The client killed the VM, or the VM is over.
+    Over,
+    /// The connection is gone.
+    Lost,
+    /// The server is closed.
+    Closed,
+}
+
+/// A session at work.
+pub struct Session<'a> {
+    client: &'a Client,
+    listener: &'a mut Listener,
+    closing: &'a EventFd,
+    wake: &'a Arc<EventFd>,
+    policy: Option<Arc<dyn Policy>>,
+    target: GdbTarget,
+    stub: Stub,
+    filter: Filter,
+    unsent: Vec<u8>,
+    /// The number of the last stop that was dealt with.
+    seen: u64,
+    is_lost: bool,
+    ended: Option<Outcome>,
+}
+
+/// The machine after a session (a client may have exchanged it), and how it ended.
+pub struct Left {
+    /// The VM.
+    pub machine: Arc<Machine>,
+    /// How the session ended.
+    pub outcome: Outcome,
+}
+
+impl<'a> Session<'a> {
+    /// Serves `client` until it goes.
+    pub fn serve(
+        machine: Arc<Machine>,
+        client: &'a Client,
+        listener: &'a mut Listener,
+        closing: &'a EventFd,
+        wake: &'a Arc<EventFd>,
+        policy: Option<Arc<dyn Policy>>,
+    ) -> Left {
+        machine.set_controller(Some(client.name.clone()));
+        machine.engine.gate_stops(policy.as_ref().is_some_and(|p| p.judges()));
+        let mut target = GdbTarget::new(machine, policy.clone());
+        let stub = Stub::new(&mut target);
+        let mut session = Self {
+            client,
+            listener,
+            closing,
+            wake,
+            policy,
+            target,
+            stub,
+            filter: Filter::new(PACKET_SIZE),
+            unsent: Vec::new(),
+            seen: 0,
+            is_lost: false,
+            ended: None,
+        };
+        let outcome = session.run();
+        session.leave(outcome);
+        Left { machine: session.target.machine.clone(), outcome }
+    }
+
+    fn run(&mut self) -> Outcome {
+        self.stop_world();
+        self.target.refresh_threads();
+        if let Some(Err(failure)) = self.policy.as_ref().and_then(|p| p.on_attach(&self.client.name)) {
+            self.target.failed(failure);
+        }
+        loop {
+            while self.turn() {}
+            self.send();
+            if let Some(outcome) = self.ended {
+                self.send();
+                return outcome;
+            }
+            if self.is_lost {
+                return Outcome::Lost;
+            }
+            if self.filter.wants_close() && self.unsent.is_empty() {
+                return Outcome::Lost;
+            }
+            if !self.wait() {
+                return Outcome::Closed;
+            }
+        }
+    }
+
+    /// One packet, or one stop. False: nothing is there to do.
+    fn turn(&mut self) -> bool {
+        if self.ended.is_some() {
+            return false;
+        }
+        if self.filter.is_running() && self.look_at_engine() {
+            return true;
+        }
+        let event = self.filter.next(&mut View { target: &mut self.target });
+        match event {
+            None => false,
+            Some(Event::Interrupt) => {
+                self.target.machine.engine.interrupt(StopReason::Interrupt);
+                true
+            }
+            Some(Event::Packet { bytes, conditions }) => {
+                self.target.conditions = conditions;
+                self.packet(&bytes);
+                true
+            }
+        }
+    }
+
+    fn packet(&mut self, bytes: &[u8]) {
+        let fed = self.stub.feed(&mut self.target, bytes);
+        if fed == Fed::Failed {
+            let packets = self.filter.recover();
+            self.stub.prime(&mut self.target, &packets);
+            return;
+        }
+        if let Some(resumed) = self.target.take_resumed()
+            && let Err(error) = resumed
+        {
+            let reason = self.target.reason_of_refusal(&error);
+            self.report(reason);
+        }
+        let output = self.stub.take_output();
+        self.filter.outgoing(&output);
+        match self.target.request.take() {
+            Some(Request::Kill) => self.kill(),
+            Some(Request::Restart(_)) => self.adopt(),
+            None => {}
+        }
+        match fed {
+            Fed::Detached => self.ended = Some(Outcome::Detached),
+            Fed::Killed => self.kill(),
+            _ => {}
+        }
+    }
+
+    fn kill(&mut self) {
+        self.target.machine.engine.end(End::Killed);
+        self.target.refresh_threads();
+        if !self.filter.is_extended() {
+            self.ended = Some(Outcome::Over);
+        }
+    }
+
+    /// A fresh VM has taken the place of the old one.
+    fn adopt(&mut self) {
+        let machine = self.target.machine.clone();
+        machine.engine.add_waiter(self.wake);
+        machine.set_controller(Some(self.client.name.clone()));
+        machine.engine.gate_stops(self.policy.as_ref().is_some_and(|p| p.judges()));
+        self.seen = 0;
+        self.stop_world();
+        self.target.refresh_threads();
+    }
+
+    /// Whether the engine had something to say to a client that waits for it.
+    fn look_at_engine(&mut self) -> bool {
+        match self.target.machine.engine.status() {
+            Status::Running => false,
+            Status::Stopped(stop) if stop.number == self.seen => false,
+            Status::Stopped(stop) => {
+                self.seen = stop.number;
+                self.stopped(stop);
+                true
+            }
+            Status::Ended(end) => {
+                let reason = match &*end {
+                    End::Exit(code) => Reason::Exited(code.to_le_bytes()[0]),
+                    _ => Reason::Terminated(gdbstub::common::Signal::SIGKILL),
+                };
+                if let End::Failed(error) = &*end {
+                    self.target.say(&format!("uhyve: {error}"));
+                }
+                self.report(reason);
+                self.target.refresh_threads();
+                true
+            }
+        }
+    }
+
+    /// The world stands still: the policy decides, and the client may be told.
+    fn stopped(&mut self, stop: Stop) {
+        self.target.machine.after_stop(&stop);
+        self.target.refresh_threads();
+        let decision = match self.policy.as_ref().and_then(|policy| policy.on_stop(&stop)) {
+            None => Decision::Report,
+            Some(Ok(decision)) => decision,
+            Some(Err(failure)) => {
+                self.target.failed(failure);
+                Decision::Report
+            }
+        };
+        let result: Result<()> = match decision {
+            Decision::Resume if !stop.reason.is_final() => self.target.run(self.target.last_plan.clone()),
+            Decision::Step if !stop.reason.is_final() => {
+                let kept = self.target.last_plan.clone();
+                let mut plan = kept.clone();
+                if let Some(chosen) = plan.get_mut(stop.vcpu as usize) {
+                    *chosen = Plan::Step;
+                }
+                let result = self.target.run(plan);
+                self.target.last_plan = kept;
+                result
+            }
+            Decision::End => {
+                self.target.machine.engine.end(End::Killed);
+                Ok(())
+            }
+            _ => {
+                self.target.machine.engine.approve();
+                let reason = self.target.reason_of(&stop);
+                self.report(reason);
+                Ok(())
+            }
+        };
+        if let Err(error) = result {
+            self.target.machine.engine.approve();
+            let reason = self.target.reason_of_refusal(&error);
+            self.report(reason);
+        }
+    }
+
+    fn report(&mut self, reason: Reason) {
+        let messages = std::mem::take(&mut self.target.messages);
+        if !messages.is_empty() {
+            self.filter.console(messages.as_bytes());
+        }
+        self.stub.report(&mut self.target, reason);
+        let output = self.stub.take_output();
+        self.filter.outgoing(&output);
+    }
+
+    /// Brings a guest that runs to a stop before its client is served.
+    fn stop_world(&mut self) {
+        let engine = &self.target.machine.engine;
+        loop {
+            match engine.status() {
+                Status::Running => {
+                    engine.interrupt(StopReason::Interrupt);
+                }
+                Status::Stopped(stop) => {
+                    self.seen = stop.number;
+                    engine.approve();
+                    return;
+                }
+                Status::Ended(_) => return,
+            }
+            let timeout = PollTimeout::try_from(KICK_AGAIN).unwrap_or(PollTimeout::ZERO);
+            let _ = poll(&mut [PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)], timeout);
+            let _ = self.wake.read();
+            engine.kick_late();
+        }
+    }
+
+    /// Sleeps until the client, the engine, another client or the server's owner has something. False: close.
+    fn wait(&mut self) -> bool {
+        // A hang-up counts as readable.
+        let flags = PollFlags::POLLIN;
+        let stopping = self.target.machine.engine.is_stopping();
+        let timeout = if stopping { PollTimeout::try_from(KICK_AGAIN).ok() } else { None };
+        let reads_client = self.unsent.len() < MOST_UNSENT;
+        let writer = self.client.writer();
+        let mut fds = vec![
+            PollFd::new(self.closing.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.client.reader(), if reads_client { flags } else { PollFlags::empty() }),
+        ];
+        if !self.unsent.is_empty() {
+            fds.push(PollFd::new(writer, PollFlags::POLLOUT));
+        }
+        let at_listener = self.listener.descriptor().map(|fd| {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            fds.len() - 1
+        });
+        match poll(&mut fds, timeout.unwrap_or(PollTimeout::NONE)) {
+            Ok(0) => self.target.machine.engine.kick_late(),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => {
+                log::error!("gdb: poll: {error}");
+                return false;
+            }
+        }
+        let ready = |index: usize| fds[index].any().unwrap_or(false);
+        let (close, woken, readable) = (ready(0), ready(1), ready(2));
+        let second = at_listener.is_some_and(ready);
+        drop(fds);
+        if woken {
+            let _ = self.wake.read();
+        }
+        if readable {
+            self.receive();
+        }
+        if second && let Some(other) = self.listener.accept() {
+            self.refuse(&other);
+        }
+        !close
+    }
+
+    fn receive(&mut self) {
+        let mut buffer = [0; 16 << 10];
+        match self.client.read(&mut buffer) {
+            Ok(0) => self.is_lost = true,
+            Ok(length) => self.filter.receive(&buffer[..length]),
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(_) => self.is_lost = true,
+        }
+    }
+
+    /// Writes what there is room for; a whole batch of answers at once.
+    fn send(&mut self) {
+        self.unsent.extend(self.filter.output());
+        let mut done = 0;
+        while done < self.unsent.len() {
+            let mut fds = [PollFd::new(self.client.writer(), PollFlags::POLLOUT)];
+            if !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0) {
+                break;
+            }
+            match self.client.write(&self.unsent[done..]) {
+                Ok(length) => done += length,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => break,
+                Err(_) => {
+                    self.is_lost = true;
+                    break;
+                }
+            }
+        }
+        self.unsent.drain(..done);
+    }
+
+    /// Another client came: it is told who is there, and goes.
+    fn refuse(&self, other: &Client) {
+        let text = format!("E.another client ({}) is attached to this guest", self.client.name);
+        let sum = text.bytes().fold(0u8, |sum, byte| sum.wrapping_add(byte));
+        let _ = other.write(format!("+${text}#{sum:02x}").as_bytes());
+        log::warn!("gdb: {} was refused: {} is attached", other.name, self.client.name);
+    }
+
+    /// What becomes of the guest when its client is gone.
+    fn leave(&mut self, outcome: Outcome) {
+        let machine = self.target.machine.clone();
+        let name = &self.client.name;
+        let decision = match outcome {
+            Outcome::Detached => {
+                if let Some(Err(failure)) = self.policy.as_ref().and_then(|p| p.on_detach(name)) {
+                    self.target.failed(failure);
+                }
+                Decision::Resume
+            }
+            Outcome::Lost => match self.policy.as_ref().and_then(|p| p.on_disconnect(name)) {
+                Some(Ok(decision)) => decision,
+                Some(Err(failure)) => {
+                    self.target.failed(failure);
+                    Decision::Report
+                }
+                None => Decision::Report,
+            },
+            Outcome::Over | Outcome::Closed => Decision::Report,
+        };
+        if outcome == Outcome::Lost && decision != Decision::End {
+            self.stop_world();
+        }
+        machine.catch_hypercalls(None);
+        self.target.breakpoints.clear(&machine);
+        machine.engine.gate_stops(false);
+        machine.set_controller(None);
+        match decision {
+            Decision::End => machine.engine.end(End::Killed),
+            Decision::Resume => {
+                let is_stopped = matches!(machine.engine.status(), Status::Stopped(stop) if !stop.reason.is_final());
+                if is_stopped && let Err(error) = machine.resume(|_| Plan::Run) {
+                    log::warn!("gdb: the guest does not run on: {error}");
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What the filter asks of the session.
+struct View<'a> {
+    target: &'a mut GdbTarget,
+}
+
+impl FilterSession for View<'_> {
+    fn thread_ids(&mut self) -> Vec<u64> {
+        self.target.threads().iter().map(|thread| thread.id.into()).collect()
+    }
+
+    fn threads(&mut self) -> Vec<ThreadEntry> {
+        let entry = |t: &super::policy::ThreadInfo| ThreadEntry {
+            id: t.id.into(),
+            name: t.name.clone(),
+            core: Some(t.vcpu),
+            extra: t.extra.clone(),
+        };
+        self.target.threads().iter().map(entry).collect()
+    }
+
+    fn register(&self, number: u16) -> Option<RegisterId> {
+        core_register(number)
+    }
+}

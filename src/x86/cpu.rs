@@ -1,0 +1,417 @@
+//! A whole x86-64 CPU in software: what a back end drives. [`Cpu::run`] executes guest code in [`GuestMemory`] until
+//! something happens that the machine around it has to see; [`Platform`] answers what can be answered at once.
+//!
+//! All of it is deterministic: the same state, memory and answers give the same execution, to the last instruction.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::core::{Core, Slow, write_exit};
+use super::hooks::{DebugOptions, Hooks};
+use super::mmu::Watched;
+use super::platform::Platform;
+use super::state::{DeviceAccess, Fault, State};
+use crate::backend::DataAccess;
+use crate::memory::GuestMemory;
+use crate::registers::{FpuState, RFLAGS_IF, RFLAGS_RF, Registers, SystemRegisters};
+
+/// Why [`Cpu::run`] returned. RIP and the instruction count are exact at every exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CpuExit {
+    /// As many instructions as the budget allowed have retired.
+    Budget,
+    /// The flag of [`Cpu::interrupt_flag`] was set (and is cleared).
+    Interrupted,
+    /// A [`Reply::Leave`](super::Reply::Leave): the instruction that caused it has retired.
+    Platform,
+    /// OUT or one element of OUTS; it has retired (of a repeated one, this iteration). The bytes are in
+    /// [`Cpu::io_data`].
+    PortOut {
+        /// Port.
+        port: u16,
+        /// Bytes: 1, 2 or 4.
+        size: u8,
+        /// The value, zero-extended.
+        value: u32,
+    },
+    /// IN or one element of INS: fill [`Cpu::io_data`] before the next [`Cpu::run`] or [`Cpu::complete_io`]. It has
+    /// not retired yet.
+    PortIn {
+        /// Port.
+        port: u16,
+        /// Bytes: 1, 2 or 4.
+        size: u8,
+    },
+    /// A read of an address that is not RAM: fill [`Cpu::io_data`]. The instruction has not retired yet.
+    MmioRead {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes, up to 8.
+        size: usize,
+    },
+    /// A write to an address that is not RAM; the bytes are in [`Cpu::io_data`]. The instruction has retired. An
+    /// instruction that makes several such writes leaves once for each.
+    MmioWrite {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes, up to 8.
+        size: usize,
+    },
+    /// HLT has retired; [`Cpu::run`] returns this again until an interrupt is pending (and enabled).
+    Halted,
+    /// RIP is at one of [`DebugOptions::breakpoints`].
+    Breakpoint,
+    /// RIP is at an INT3, with [`DebugOptions::stop_at_int3`]. It has not executed.
+    Int3,
+    /// The instruction that has just retired made an access that a watchpoint reports: the `index`-th of
+    /// [`DebugOptions::watchpoints`].
+    Watchpoint {
+        /// Which.
+        index: usize,
+        /// The access.
+        access: DataAccess,
+    },
+    /// One instruction has retired (or an exception or interrupt was delivered) with [`DebugOptions::single_step`].
+    SingleStep,
+    /// A triple fault. The CPU executes nothing any more until its state is set anew.
+    Shutdown,
+}
+
+/// What came before an instruction.
+enum Event {
+    Nothing,
+    /// RIP is at a handler now.
+    Delivered,
+    Exit(CpuExit),
+}
+
+/// A CPU: architectural state, and caches that follow from it and from memory.
+pub struct Cpu {
+    core: Box<Core>,
+    debug: DebugOptions,
+    hooks: Option<Box<dyn Hooks>>,
+    /// The instruction at RIP executes even if a breakpoint is there.
+    resume: bool,
+    interrupt: Arc<AtomicBool>,
+    io: [u8; 8],
+    io_length: usize,
+    /// What the last instruction also came to; told when the VMM has heard of its writes to devices.
+    after: Option<CpuExit>,
+}
+
+impl Cpu {
+    /// A CPU on that memory, in the state of [`State::default`].
+    pub fn new(memory: &GuestMemory) -> Self {
+        Self {
+            core: Box::new(Core::new(memory)),
+            debug: DebugOptions::default(),
+            hooks: None,
+            resume: false,
+            interrupt: Arc::default(),
+            io: [0; 8],
+            io_length: 0,
+            after: None,
+        }
+    }
+
+    /// Executes until an exit, at most `budget` instructions. A read that the last exit was about is completed first.
+    pub fn run(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
+        let target = self.core.state.instructions.saturating_add(budget);
+        if let Some(exit) = self.finish_read(platform) {
+            return exit;
+        }
+        loop {
+            match self.event(platform) {
+                Event::Nothing => {}
+                Event::Delivered if self.debug.single_step => return CpuExit::SingleStep,
+                Event::Delivered => continue,
+                Event::Exit(exit) => return exit,
+            }
+            if self.core.state.instructions >= target {
+                return CpuExit::Budget;
+            }
+            if let Some(exit) = self.step(platform) {
+                return exit;
+            }
+        }
+    }
+
+    /// Finishes the access that the last exit was about, without executing another instruction. `None` if nothing else
+    /// came of it; a further access of the same instruction, a watchpoint or a single step is an exit.
+    pub fn complete_io(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.finish_read(platform).or_else(|| self.left_over())
+    }
+
+    /// Executes the instruction again whose read the VMM has answered.
+    fn finish_read(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        let access = self.core.state.pending_read.take()?;
+        let data = &self.io[..usize::from(access.size.min(8))];
+        let answer = DeviceAccess::new(access.address, access.is_port, data);
+        self.core.state.answers.push(answer);
+        self.execute_one(platform)
+    }
+
+    /// What the last instruction came to and the VMM has not been told.
+    fn left_over(&mut self) -> Option<CpuExit> {
+        if let Some(access) = self.core.state.pending_writes.pop_front() {
+            self.io = access.data;
+            self.io_length = access.bytes().len();
+            return Some(write_exit(&access));
+        }
+        self.after.take()
+    }
+
+    /// What comes before an instruction: exits that wait, exceptions, interrupts, the end.
+    fn event(&mut self, platform: &mut dyn Platform) -> Event {
+        if let Some(exit) = self.left_over() {
+            return Event::Exit(exit);
+        }
+        if self.interrupt.load(Ordering::Relaxed) {
+            self.interrupt.store(false, Ordering::Relaxed);
+            return Event::Exit(CpuExit::Interrupted);
+        }
+        if self.core.state.shut_down {
+            return Event::Exit(CpuExit::Shutdown);
+        }
+        let is_alive = if let Some(fault) = self.core.state.injected.take() {
+            let is_trap = matches!(fault.vector, 1 | 3 | 4);
+            let flags = self.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
+            self.core.deliver_exception(fault, flags)
+        } else if let Some(vector) = self.interrupt_to_take(platform) {
+            platform.acknowledge_interrupt(vector, self.core.state.instructions);
+            self.core.deliver_interrupt(vector)
+        } else if self.core.state.halted {
+            return Event::Exit(CpuExit::Halted);
+        } else {
+            return Event::Nothing;
+        };
+        if is_alive { Event::Delivered } else { Event::Exit(CpuExit::Shutdown) }
+    }
+
+    fn interrupt_to_take(&mut self, platform: &mut dyn Platform) -> Option<u8> {
+        let state = &self.core.state;
+        let is_held_off = self.debug.single_step && self.debug.block_interrupts;
+        if state.core.registers.rflags & RFLAGS_IF == 0 || state.interrupt_shadow || is_held_off {
+            return None;
+        }
+        platform.pending_interrupt(state.instructions)
+    }
+
+    /// One instruction, with all that may be looked out for before it.
+    fn step(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        let rip = self.core.state.core.registers.rip;
+        if !std::mem::take(&mut self.resume) && self.debug.breakpoints.contains(&rip) {
+            return Some(CpuExit::Breakpoint);
+        }
+        if let Some(reason) = self.core.guest_breakpoint() {
+            let fault = Fault { vector: 1, error_code: None, address: Some(reason) };
+            let flags = self.core.state.core.registers.rflags | RFLAGS_RF;
+            let is_alive = self.core.deliver_exception(fault, flags);
+            return if is_alive { self.stepped() } else { Some(CpuExit::Shutdown) };
+        }
+        self.execute_one(platform)
+    }
+
+    /// One instruction by the slow executor.
+    fn execute_one(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.core.mmu.watched = None;
+        let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.core.slow_step(platform) };
+        match slow {
+            Slow::Exit(exit) => {
+                if let Some(access) = self.core.state.pending_read {
+                    (self.io, self.io_length) = ([0; 8], access.bytes().len());
+                }
+                return Some(exit);
+            }
+            Slow::Delivered => return self.stepped(),
+            Slow::Retired => {}
+        }
+        self.after = self.core.exit.take();
+        if let Some(watched) = self.core.mmu.watched.take() {
+            self.note_watched(&watched);
+        }
+        if self.debug.single_step && !matches!(self.after, Some(CpuExit::Watchpoint { .. })) {
+            self.after = Some(CpuExit::SingleStep);
+        }
+        self.left_over()
+    }
+
+    fn stepped(&self) -> Option<CpuExit> {
+        self.debug.single_step.then_some(CpuExit::SingleStep)
+    }
+
+    /// An instruction with hooks: they hear of it first, then of its accesses.
+    fn traced_step(&mut self, platform: &mut dyn Platform) -> Slow {
+        let decoded = match self.core.decode() {
+            Ok(decoded) => decoded,
+            Err(fault) => return self.core.raise(fault),
+        };
+        let hooks = self.hooks.as_mut().expect("the caller has looked");
+        let instruction = &decoded.instruction;
+        hooks.instruction(instruction.ip(), &decoded.code[..instruction.len()]);
+        self.core.trace = Some(Vec::new());
+        let slow = self.core.slow_execute(&decoded, platform);
+        for Watched { address, length, is_write, .. } in self.core.trace.take().unwrap_or_default() {
+            hooks.access(DataAccess { address, length, write: is_write });
+        }
+        slow
+    }
+
+    /// An access that a watchpoint of the debugger or of the guest reports.
+    fn note_watched(&mut self, watched: &Watched) {
+        let Watched { index, address, length, is_write } = *watched;
+        match index.checked_sub(self.debug.watchpoints.len()) {
+            None => {
+                let access = DataAccess { address, length, write: is_write };
+                self.after = Some(CpuExit::Watchpoint { index, access });
+            }
+            Some(guest) => {
+                let reason = self.core.guest_watch_reason(guest);
+                self.core.debug_trap(reason);
+            }
+        }
+    }
+
+    /// Hands the MMU the debugger's watchpoints and the guest's.
+    fn update_watchpoints(&mut self) {
+        let mut all = self.debug.watchpoints.clone();
+        all.extend(self.core.guest_watchpoints());
+        if all != self.core.mmu.watchpoints {
+            self.core.mmu.watchpoints = all;
+            self.core.mmu.flush_data();
+        }
+    }
+
+    /// The bytes of the last port or memory access: what the guest wrote, or the place to put what it reads.
+    pub fn io_data(&mut self) -> &mut [u8] {
+        &mut self.io[..self.io_length]
+    }
+
+    /// Set from any thread, it makes the current or next [`Cpu::run`] return [`CpuExit::Interrupted`] within a few
+    /// thousand instructions.
+    pub fn interrupt_flag(&self) -> Arc<AtomicBool> {
+        self.interrupt.clone()
+    }
+
+    /// Chooses what to look out for from the next [`Cpu::run`] on.
+    pub fn set_debug(&mut self, options: DebugOptions) {
+        self.core.stop_at_int3 = options.stop_at_int3;
+        self.debug = options;
+        self.update_watchpoints();
+    }
+
+    /// What is looked out for.
+    pub fn debug(&self) -> &DebugOptions {
+        &self.debug
+    }
+
+    /// The next [`Cpu::run`] executes the instruction at RIP even if a breakpoint is there (once).
+    pub fn resume_from_breakpoint(&mut self) {
+        self.resume = true;
+    }
+
+    /// Sets or removes the hooks.
+    pub fn set_hooks(&mut self, hooks: Option<Box<dyn Hooks>>) {
+        self.core.mmu.is_traced = hooks.is_some();
+        self.core.mmu.flush_data();
+        self.hooks = hooks;
+    }
+
+    /// General registers, RIP, RFLAGS.
+    pub fn registers(&self) -> Registers {
+        self.core.state.core.registers
+    }
+
+    /// Sets general registers, RIP, RFLAGS. With another RIP, a read that waits for its answer is given up.
+    pub fn set_registers(&mut self, registers: &Registers) {
+        if registers.rip != self.core.state.core.registers.rip {
+            self.core.state.pending_read = None;
+            self.core.state.answers = Default::default();
+        }
+        self.core.state.core.registers = *registers;
+        self.core.mode_changed();
+    }
+
+    /// Segment and control registers.
+    pub fn system_registers(&self) -> &SystemRegisters {
+        &self.core.state.core.system
+    }
+
+    /// Sets segment and control registers; cached translations are dropped as needed.
+    pub fn set_system_registers(&mut self, registers: &SystemRegisters) {
+        self.core.state.core.system = *registers;
+        self.core.mode_changed();
+    }
+
+    /// x87 and SSE registers.
+    pub fn fpu(&self) -> &FpuState {
+        &self.core.state.core.fpu
+    }
+
+    /// Sets x87 and SSE registers.
+    pub fn set_fpu(&mut self, fpu: &FpuState) {
+        self.core.state.core.fpu = *fpu;
+    }
+
+    /// Upper halves of the YMM registers.
+    pub fn ymm_high(&self) -> &[u128; 16] {
+        &self.core.state.core.ymm_high
+    }
+
+    /// Sets the upper halves of the YMM registers.
+    pub fn set_ymm_high(&mut self, high: &[u128; 16]) {
+        self.core.state.core.ymm_high = *high;
+    }
+
+    /// XCR0.
+    pub fn xcr0(&self) -> u64 {
+        self.core.state.core.xcr0
+    }
+
+    /// Instructions that have retired.
+    pub fn instructions(&self) -> u64 {
+        self.core.state.instructions
+    }
+
+    /// Whether HLT was executed and no interrupt has come since.
+    pub fn is_halted(&self) -> bool {
+        self.core.state.halted
+    }
+
+    /// Halts the CPU as HLT does, or wakes it.
+    pub fn set_halted(&mut self, halted: bool) {
+        self.core.state.halted = halted;
+    }
+
+    /// Delivers an exception before the next instruction.
+    pub fn inject(&mut self, fault: Fault) {
+        self.core.state.injected = Some(fault);
+    }
+
+    /// An MSR that the CPU keeps, the ones that system registers hold included; `None` for one of the platform's.
+    pub fn msr(&mut self, index: u32) -> Option<u64> {
+        self.core.msr(index)
+    }
+
+    /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
+    pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
+        self.core.set_msr(index, value)
+    }
+
+    /// A copy of all architectural state.
+    pub fn snapshot(&self) -> State {
+        self.core.state
+    }
+
+    /// Sets all architectural state.
+    pub fn restore(&mut self, state: &State) {
+        self.core.state = *state;
+        self.core.mode_changed();
+        self.core.mmu.flush();
+        self.update_watchpoints();
+        self.after = None;
+        if let Some(access) = state.pending_read {
+            self.io_length = access.bytes().len();
+        }
+    }
+}
