@@ -1,14 +1,11 @@
 //! What CPUID answers (Intel SDM volume 2, CPUID): only features that this CPU has, the same on every host that can do
 //! its SSE. The platform adds topology, APIC ids and frequencies.
 
-use std::is_x86_feature_detected as has;
-
+use super::features::features;
 use super::mmu::PHYSICAL_BITS;
 use super::state::State;
 use crate::registers::CR4_OSXSAVE;
 
-/// XCR0: x87, SSE.
-const XCR0_BASE: u64 = 3;
 /// XCR0: upper halves of the YMM registers.
 const XCR0_AVX: u64 = 4;
 /// Highest basic and extended leaves.
@@ -31,46 +28,36 @@ const fn bits(numbers: &[u32]) -> u32 {
     value
 }
 
-/// Leaf 1, ECX: SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, TSC deadline, XSAVE, RDRAND, hypervisor.
-const LEAF1_ECX: u32 = bits(&[0, 9, 13, 19, 20, 21, 22, 23, 24, 26, 30, 31]);
-/// Leaf 1, EDX: FPU, DE, PSE, TSC, MSR, PAE, CX8, APIC, MTRR, PGE, CMOV, PAT, PSE36, CLFLUSH, MMX, FXSR, SSE, SSE2.
-const LEAF1_EDX: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 12, 13, 15, 16, 17, 19, 23, 24, 25, 26]);
-/// Leaf 7, EBX: FSGSBASE, BMI1, SMEP, BMI2, ERMS, INVPCID, RDSEED, ADX, SMAP, CLFLUSHOPT, CLWB.
-const LEAF7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 10, 18, 19, 20, 23, 24]);
-/// Leaf 7, ECX: UMIP, RDPID.
-const LEAF7_ECX: u32 = bits(&[2, 22]);
-
-/// Whether AVX and AVX2 are there: the host executes some of their operations.
-fn has_avx() -> bool {
-    has!("avx2")
-}
-
-/// The components that XCR0 may have.
-fn supported_xcr0() -> u64 {
-    if has_avx() { XCR0_BASE | XCR0_AVX } else { XCR0_BASE }
-}
+/// What the CPU adds to the instruction sets of [`features`]. Leaf 1, ECX: x2APIC, TSC deadline, hypervisor.
+const LEAF1_ECX: u32 = bits(&[21, 24, 31]);
+/// Leaf 1, EDX: DE, PSE, MSR, PAE, APIC, MTRR, PGE, PAT, PSE36.
+const LEAF1_EDX: u32 = bits(&[2, 3, 5, 6, 9, 12, 13, 16, 17]);
+/// Leaf 7, EBX: SMEP, INVPCID, SMAP.
+const LEAF7_EBX: u32 = bits(&[7, 10, 20]);
+/// Leaf 7, ECX: UMIP.
+const LEAF7_ECX: u32 = bits(&[2]);
 
 /// Whether XSETBV accepts the value.
 pub(super) fn is_valid_xcr0(value: u64) -> bool {
     let avx_without_sse = value & 6 == XCR0_AVX;
-    value & 1 != 0 && value & !supported_xcr0() == 0 && !avx_without_sse
+    value & 1 != 0 && value & !features().components == 0 && !avx_without_sse
 }
 
 /// The registers EAX, EBX, ECX and EDX that CPUID gives for a leaf in that state.
 pub fn cpuid(leaf: u32, subleaf: u32, state: &State) -> [u32; 4] {
     match leaf {
         0 => [LAST, 0x756e_6547, 0x6c65_746e, 0x4965_6e69],
-        1 => features(state),
+        1 => signature(state),
         2 => [0x00fe_ff01, 0, 0, 0],
         4 => cache(subleaf),
         // The APIC timer always runs.
         6 => [bits(&[2]), 0, 0, 0],
-        7 if subleaf == 0 => [0, LEAF7_EBX | flag(has!("sha"), 29) | flag(has_avx(), 5), LEAF7_ECX, 0],
+        7 if subleaf == 0 => [0, LEAF7_EBX | features().structured_ebx, LEAF7_ECX | features().structured_ecx, 0],
         0xb | 0x1f => topology(subleaf),
         0xd => extended_state(subleaf, state),
         0x8000_0000 => [LAST_EXTENDED, 0, 0, 0],
-        // LAHF, LZCNT, PREFETCHW; SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
-        0x8000_0001 => [0, 0, bits(&[0, 5, 8]), bits(&[11, 20, 26, 27, 29])],
+        // SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
+        0x8000_0001 => [0, 0, features().extended_ecx, bits(&[11, 20, 26, 27, 29])],
         0x8000_0002..=0x8000_0004 => brand(leaf - 0x8000_0002),
         0x8000_0006 => [0, 0, 0x0100_6040, 0],
         // The time-stamp counter runs at one rate.
@@ -80,19 +67,12 @@ pub fn cpuid(leaf: u32, subleaf: u32, state: &State) -> [u32; 4] {
     }
 }
 
-fn features(state: &State) -> [u32; 4] {
-    let mut ecx = LEAF1_ECX;
-    if has_avx() {
-        ecx |= bits(&[28]) | flag(has!("fma"), 12) | flag(has!("f16c"), 29);
-    }
+/// Leaf 1.
+fn signature(state: &State) -> [u32; 4] {
     let has_osxsave = state.core.system.cr4 & CR4_OSXSAVE != 0;
-    ecx |= flag(has!("pclmulqdq"), 1) | flag(has!("aes"), 25) | flag(has_osxsave, 27);
+    let ecx = LEAF1_ECX | features().basic_ecx | u32::from(has_osxsave) << 27;
     // CLFLUSH works on 8 units of 8 bytes; one logical processor.
-    [SIGNATURE, 8 << 8 | 1 << 16, ecx, LEAF1_EDX]
-}
-
-fn flag(condition: bool, bit: u32) -> u32 {
-    u32::from(condition) << bit
+    [SIGNATURE, 8 << 8 | 1 << 16, ecx, LEAF1_EDX | features().basic_edx]
 }
 
 /// Leaf 4: 32 KiB of first-level caches, 1 MiB behind them.
@@ -120,11 +100,11 @@ fn topology(subleaf: u32) -> [u32; 4] {
 fn extended_state(subleaf: u32, state: &State) -> [u32; 4] {
     let size = |components: u64| if components & XCR0_AVX != 0 { XSAVE_AVX } else { XSAVE_BASE };
     let low = |value: u64| u32::try_from(value & 0xffff_ffff).expect("32 bits");
+    let supported = features().components;
     match subleaf {
-        0 => [low(supported_xcr0()), size(state.core.xcr0), size(supported_xcr0()), 0],
-        // XSAVEOPT, XSAVEC, XGETBV with index 1.
-        1 => [bits(&[0, 1, 2]), size(state.core.xcr0), 0, 0],
-        2 if has_avx() => [256, XSAVE_BASE, 0, 0],
+        0 => [low(supported), size(state.core.xcr0), size(supported), 0],
+        1 => [features().xsave_eax, size(state.core.xcr0), 0, 0],
+        2 if supported & XCR0_AVX != 0 => [256, XSAVE_BASE, 0, 0],
         _ => [0; 4],
     }
 }

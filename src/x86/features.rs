@@ -15,7 +15,7 @@ pub struct Features {
     pub structured_ebx: u32,
     /// Leaf 7, ECX.
     pub structured_ecx: u32,
-    /// Leaf 0xd, subleaf 1, EAX: forms of XSAVE. XSAVES works with an `IA32_XSS` of 0.
+    /// Leaf 0xd, subleaf 1, EAX: forms of XSAVE. Not XSAVES, which would announce `IA32_XSS` too.
     pub xsave_eax: u32,
     /// Leaf 0x8000_0001, ECX.
     pub extended_ecx: u32,
@@ -63,6 +63,7 @@ pub fn features() -> Features {
             (3, always), // BMI1
             (5, avx2),
             (8, always),  // BMI2
+            (9, always),  // ERMS
             (18, always), // RDSEED
             (19, always), // ADX
             (23, always), // CLFLUSHOPT
@@ -71,8 +72,8 @@ pub fn features() -> Features {
         ]),
         // VAES and VPCLMULQDQ are the 128-bit operations on both halves; RDPID.
         structured_ecx: bits(&[(9, avx2 && aes), (10, avx2 && clmul), (22, always)]),
-        // XSAVEOPT, XSAVEC, XGETBV with index 1, XSAVES.
-        xsave_eax: bits(&[0, 1, 2, 3].map(|bit| (bit, always))),
+        // XSAVEOPT, XSAVEC, XGETBV with index 1.
+        xsave_eax: bits(&[0, 1, 2].map(|bit| (bit, always))),
         // LAHF in 64-bit mode, LZCNT, PREFETCHW.
         extended_ecx: bits(&[0, 5, 8].map(|bit| (bit, always))),
         components: if avx { 7 } else { 3 },

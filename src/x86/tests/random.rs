@@ -89,7 +89,7 @@ fn test_random_avx_bytes_never_panic_or_half_execute() {
     for _ in 0..300_000 {
         let mut code: [u8; 15] = std::array::from_fn(|_| random.next() as u8);
         code[0] = 0xc4;
-        code[1] = code[1] & 0xe0 | 1 + random.below(3) as u8;
+        code[1] = code[1] & 0xe0 | (1 + random.below(3) as u8);
         done += u32::from(check(&mut random, &code) == Outcome::Done);
     }
     assert!(done > 5_000, "{done}");
