@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from uhyve import Breakpoint, Hit, Stop
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 30
 CONTENTS = b"0123456789abcdef"
