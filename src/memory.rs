@@ -3,10 +3,11 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, ReadVolatile, WriteVolatile};
 
+use crate::code_lines::CodeLines;
 use crate::error::{Error, GuestFault, Result};
 
 pub use vm_memory::ByteValued;
@@ -26,6 +27,7 @@ pub struct GuestMemory {
     // Declared before `mapping`: it refers to it.
     mmap: GuestMemoryMmap,
     mapping: Arc<Mapping>,
+    code: Arc<OnceLock<CodeLines>>,
     start: u64,
     size: u64,
 }
@@ -109,7 +111,7 @@ impl GuestMemory {
                 log::warn!("{name} for guest RAM: {error}");
             }
         }
-        Ok(Self { mmap, mapping, start, size })
+        Ok(Self { mmap, mapping, code: Arc::default(), start, size })
     }
 
     /// The guest-physical addresses of RAM.
@@ -127,10 +129,25 @@ impl GuestMemory {
         self.mapping.address
     }
 
+    /// What a software CPU has decoded of this RAM. From the first call on, every write tells it.
+    pub fn code_lines(&self) -> &CodeLines {
+        self.code.get_or_init(|| CodeLines::new(self.start, self.size))
+    }
+
+    /// Has decoded code forgotten that a write of `length` bytes at `address` changes.
+    fn written(&self, address: u64, length: usize) {
+        if let Some(code) = self.code.get() {
+            code.written(address, length as u64);
+        }
+    }
+
     /// Gives the pages back to the host; RAM reads as zeros from then on. For a VM that is over.
     pub fn release(&self) {
         if let Err(error) = self.mapping.advise(libc::MADV_DONTNEED) {
             log::warn!("guest RAM can't be given back: {error}");
+        }
+        if let Some(code) = self.code.get() {
+            code.written(self.start, self.size);
         }
     }
 
@@ -157,7 +174,9 @@ impl GuestMemory {
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), GuestFault> {
         let at = self.check(address, data.len())?;
         note_write(address, data.len());
-        self.mmap.write_slice(data, at).map_err(|_| fault(address, data.len()))
+        self.mmap.write_slice(data, at).map_err(|_| fault(address, data.len()))?;
+        self.written(address, data.len());
+        Ok(())
     }
 
     /// Reads a plain struct; its address need not be aligned.
@@ -170,7 +189,9 @@ impl GuestMemory {
     pub fn write_object<T: ByteValued>(&self, address: u64, value: T) -> Result<(), GuestFault> {
         let at = self.check(address, size_of::<T>())?;
         note_write(address, size_of::<T>());
-        self.mmap.write_obj(value, at).map_err(|_| fault(address, size_of::<T>()))
+        self.mmap.write_obj(value, at).map_err(|_| fault(address, size_of::<T>()))?;
+        self.written(address, size_of::<T>());
+        Ok(())
     }
 
     /// Reads up to the first NUL (which is not returned), at most `limit` bytes and never past the end of RAM.
@@ -217,12 +238,14 @@ impl GuestMemory {
                         .into()
                 };
             }
-            Some(match size {
+            let found = match size {
                 1 => exchange!(AtomicU8, u8),
                 2 => exchange!(AtomicU16, u16),
                 4 => exchange!(AtomicU32, u32),
                 _ => exchange!(AtomicU64, u64),
-            })
+            };
+            self.written(address, size);
+            Some(found)
         }
     }
 
@@ -230,7 +253,9 @@ impl GuestMemory {
     pub fn read_from(&self, address: u64, source: &mut impl ReadVolatile, length: usize) -> std::io::Result<usize> {
         self.check(address, length).map_err(std::io::Error::other)?;
         note_write(address, length);
-        self.mmap.read_volatile_from(GuestAddress(address), source, length).map_err(into_io)
+        let read = self.mmap.read_volatile_from(GuestAddress(address), source, length).map_err(into_io)?;
+        self.written(address, read);
+        Ok(read)
     }
 
     /// One `write(2)` straight from RAM to `sink`; returns the bytes written.

@@ -585,6 +585,11 @@ impl Machine {
         }
         // One at a time: nobody starts the world while another one looks whether it should.
         let _turn = self.resuming.lock().unwrap_or_else(|e| e.into_inner());
+        if !keeps_held && let Some(client) = self.controller() {
+            return Err(Error::VmState(format!(
+                "a gdb client ({client}) controls the guest: let it go on there, or detach it; interrupt() and wait() work here"
+            )));
+        }
         let stop = self.engine.check_stopped()?;
         self.finish_stop(&stop);
         self.table.write().unwrap_or_else(|e| e.into_inner()).replant(&self.memory);
@@ -649,6 +654,8 @@ impl Machine {
 
     /// Names who decides when the guest runs.
     pub(crate) fn set_controller(&self, client: Option<String>) {
+        // A resume that has looked is over before.
+        let _turn = self.resuming.lock().unwrap_or_else(|e| e.into_inner());
         *self.controller.lock().unwrap_or_else(|e| e.into_inner()) = client;
     }
 
@@ -814,6 +821,10 @@ impl Machine {
 
     /// Lets go of every breakpoint and runs on. The guest's end is the VM's from now on.
     pub fn detach(&self) -> Result<()> {
+        if let Some(client) = self.controller() {
+            let text = format!("a gdb client ({client}) controls the guest: detach it there first");
+            return Err(Error::VmState(text));
+        }
         let internal = self.table.read().unwrap_or_else(|e| e.into_inner()).internal();
         for breakpoint in self.breakpoints().into_iter().chain(internal) {
             self.delete_breakpoint(&breakpoint)?;

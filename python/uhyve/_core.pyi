@@ -15,9 +15,10 @@ __all__ = [
     "Memory",
     "Registers",
     "__version__",
-    "evaluate_condition",
     "choose_backend",
+    "evaluate_condition",
     "probe_kvm",
+    "probe_soft",
 ]
 
 _CompiledParts: TypeAlias = tuple[str, bytes, list[int]]
@@ -35,6 +36,9 @@ def choose_backend(name: str) -> tuple[str, str]:
 
     Raises ``ConfigError`` for an unknown name.
     """
+
+def probe_soft() -> dict[str, Any]:
+    """What the software CPU can do, in the form of ``probe_kvm``."""
 
 def probe_kvm() -> dict[str, Any]:
     """What KVM on this machine really does, found out with small guests; once in a process.
@@ -152,6 +156,8 @@ class Machine:
         """Replaces a breakpoint's condition."""
     def breakpoints(self) -> list[Breakpoint]:
         """All breakpoints, by number."""
+    def instructions(self, vcpu: int) -> int | None:
+        """How many instructions a vCPU has executed, where the back end counts them; while the world is stopped."""
     def registers(self, vcpu: int) -> Registers:
         """A vCPU's registers, to be used while the world is stopped."""
     def memory(self, vcpu: int) -> Memory:
@@ -211,6 +217,7 @@ class GdbServer:
     def close(self) -> None:
         """Stops listening and drops the client."""
 
+@final
 class Breakpoint:
     """A breakpoint or watchpoint of a machine."""
 

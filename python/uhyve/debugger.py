@@ -301,8 +301,8 @@ class Debugger:
     def serve_gdb(self, address: str = "127.0.0.1:0", policy: GdbPolicy | None = None) -> GdbServer:
         """Listens for gdb or LLDB, which may attach now, later or never, and go and come back.
 
-        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for standard
-        input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
+        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for
+        standard input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
         ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with
         it.
 
@@ -714,21 +714,24 @@ class Breakpoint:
 
     def _move(self, machine: Machine, condition: Condition) -> None:
         """Sets it again in a fresh machine."""
-        compiled, predicate = _condition_parts(machine, condition)
-        is_address = self.location == f"{self.address:#x}"
         core = self._core
-        self._core = machine.add_breakpoint(
-            self.address if is_address else machine.resolve(self.location),
-            location=self.location,
-            compiled=compiled,
-            predicate=predicate,
-            ignore=core.ignore,
-            temporary=core.temporary,
-            vcpu=core.vcpu,
-            enabled=core.enabled,
-            name=core.name,
-            hardware=core.kind == "debug register",
-        )
+        compiled, predicate = _condition_parts(machine, condition)
+        wishes = {
+            "location": core.location,
+            "compiled": compiled,
+            "predicate": predicate,
+            "ignore": core.ignore,
+            "temporary": core.temporary,
+            "vcpu": core.vcpu,
+            "enabled": core.enabled,
+            "name": core.name,
+        }
+        access, size = core.access, core.size
+        if access is None or size is None:
+            hardware = core.kind == "debug register"
+            self._core = machine.add_breakpoint(machine.resolve_place(core.location), **wishes, hardware=hardware)
+        else:
+            self._core = machine.add_watchpoint(machine.resolve(core.location), size, access, **wishes)
         self._machine = machine
 
     def __call__(self, condition: Callback) -> Self:
@@ -788,6 +791,11 @@ class Vcpu:
     def symbol(self) -> str | None:
         """``"symbol+0x10"`` for ``pc``, if known."""
         return _symbol(self._machine, self.pc)
+
+    @property
+    def instructions(self) -> int | None:
+        """How many instructions it has executed; None on a back end that does not count them (``"soft"`` does)."""
+        return self._machine.instructions(self._number)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self._number}>"

@@ -59,6 +59,9 @@ pub trait Vcpu: Send {
     /// The thread goes to where it may stay for long (a stopped world): from now to the next `run`, no other vCPU waits
     /// for this one.
     fn park(&mut self) {}
+    /// The thread does something of its own before the next `run` (a callback) that may take long, or wait for another
+    /// vCPU.
+    fn step_aside(&mut self) {}
     /// Executes guest code until something happens that the VMM must see.
     fn run(&mut self) -> Result<Exit>;
     /// Finishes the port or memory access that the last exit was about, without executing another instruction, so
@@ -88,6 +91,10 @@ pub trait Vcpu: Send {
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()>;
     /// XCR0: which state components XSAVE handles.
     fn xcr0(&mut self) -> Result<u64>;
+    /// Instructions that it has executed, where the back end counts them.
+    fn instructions(&mut self) -> Option<u64> {
+        None
+    }
     /// Frequency of the guest's time stamp counter in kHz, if known.
     fn tsc_khz(&self) -> Option<u32>;
     /// Chooses how the vCPU is debugged from the next `run` on.

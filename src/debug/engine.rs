@@ -290,6 +290,11 @@ impl Engine {
         }
     }
 
+    /// Ends [`Engine::add_waiter`].
+    pub fn remove_waiter(&self, waiter: &Arc<EventFd>) {
+        self.lock().waiters.retain(|w| !Arc::ptr_eq(w, waiter));
+    }
+
     /// Whether vCPUs are on their way to their safe points.
     pub fn is_stopping(&self) -> bool {
         self.lock().phase == Phase::Stopping

@@ -221,6 +221,7 @@ impl Seat<'_> {
                 touch: touch.clone(),
                 alive: alive.clone(),
             };
+            self.context().cpu.step_aside();
             let engine = &self.machine.engine;
             let verdict = self.unlocked(|| {
                 engine.outside(hit.vcpu, || {

@@ -1,10 +1,9 @@
 //! Where a server listens: TCP, a Unix socket, or standard input and output; and the connection to one client.
 
-use std::fs::Permissions;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -68,8 +67,7 @@ impl Listener {
             }
             Address::Unix(path) => {
                 remove_stale(path);
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
+                let listener = bind_private(path).map_err(|e| failed(e.into()))?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 Ok(Self::Unix(listener, path.clone()))
             }
@@ -104,15 +102,30 @@ impl Listener {
     pub fn accept(&mut self) -> Option<Client> {
         match self {
             Self::Tcp(listener) => {
-                let (stream, from) = listener.accept().ok()?;
+                let (stream, from) = accepted(listener.accept())?;
                 let _ = stream.set_nodelay(true);
                 Client::socket(stream.into(), from.to_string())
             }
             Self::Unix(listener, path) => {
-                let (stream, _) = listener.accept().ok()?;
+                let (stream, _) = accepted(listener.accept())?;
                 Client::socket(stream.into(), path.display().to_string())
             }
             Self::Stdio(client) => client.take(),
+        }
+    }
+}
+
+/// A connection that waited. One that can't be had for want of descriptors stays, and is tried again a little later.
+fn accepted<T>(result: io::Result<T>) -> Option<T> {
+    const LATER: std::time::Duration = std::time::Duration::from_millis(50);
+    match result {
+        Ok(accepted) => Some(accepted),
+        Err(error) => {
+            if !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) {
+                log::warn!("gdb: can't accept a client: {error}");
+                std::thread::sleep(LATER);
+            }
+            None
         }
     }
 }
@@ -133,6 +146,18 @@ impl std::fmt::Display for Address {
             Self::Stdio => f.write_str("-"),
         }
     }
+}
+
+/// A Unix socket that only its owner may connect to, from the moment that it exists: Linux gives the file the mode of
+/// the socket (`unix(7)`).
+fn bind_private(path: &Path) -> nix::Result<UnixListener> {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    nix::sys::stat::fchmod(&socket, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(16)?)?;
+    Ok(socket.into())
 }
 
 /// Removes a socket that nobody listens at any more.
@@ -189,6 +214,7 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn test_address_without_a_host_is_loopback() {

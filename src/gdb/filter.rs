@@ -146,6 +146,11 @@ impl Filter {
         self.running
     }
 
+    /// What a client that asks is told of a stop that came before it: a guest that has ended, or crashed.
+    pub fn remember(&mut self, stop: &str) {
+        self.last_stop = Some(stop.as_bytes().to_vec());
+    }
+
     /// Whether the client asked for extended mode, in which a connection outlives its guest.
     pub fn is_extended(&self) -> bool {
         self.extended

@@ -135,13 +135,14 @@ impl Shared {
 
     fn serve(&self, mut listener: Listener, policy: Option<Arc<dyn Policy>>, wake: &Arc<EventFd>) {
         /// Nobody waits for a server whose thread has gone, however it went.
-        struct Over<'a>(&'a Shared);
+        struct Over<'a>(&'a Shared, &'a Arc<EventFd>);
         impl Drop for Over<'_> {
             fn drop(&mut self) {
+                self.0.lock().machine.engine.remove_waiter(self.1);
                 self.0.set_over(true);
             }
         }
-        let _over = Over(self);
+        let _over = Over(self, wake);
         let is_single = matches!(listener, Listener::Stdio(_));
         self.lock().machine.engine.add_waiter(wake);
         loop {

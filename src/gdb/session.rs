@@ -97,6 +97,7 @@ impl<'a> Session<'a> {
     fn run(&mut self) -> Outcome {
         self.stop_world();
         self.target.refresh_threads();
+        self.remember_end();
         if let Some(Err(failure)) = self.policy.as_ref().and_then(|p| p.on_attach(&self.client.name)) {
             self.target.failed(failure);
         }
@@ -265,6 +266,19 @@ impl<'a> Session<'a> {
         self.filter.outgoing(&output);
     }
 
+    /// A client that comes after the guest's end hears of it when it asks.
+    fn remember_end(&mut self) {
+        let Some(stop) = self.target.stop() else { return };
+        match stop.reason {
+            StopReason::Exit { code } => self.filter.remember(&format!("W{:02x}", code.to_le_bytes()[0])),
+            StopReason::Crash(_) => {
+                let tid = self.target.tid_of(stop.vcpu);
+                self.filter.remember(&format!("T0bthread:{tid:x};"));
+            }
+            _ => {}
+        }
+    }
+
     /// Brings a guest that runs to a stop before its client is served.
     fn stop_world(&mut self) {
         let engine = &self.target.machine.engine;
@@ -325,10 +339,29 @@ impl<'a> Session<'a> {
         if readable {
             self.receive();
         }
-        if second && let Some(other) = self.listener.accept() {
-            self.refuse(&other);
+        if second {
+            // The next one may have come because this one is gone.
+            self.receive_all();
+            if !self.is_lost
+                && let Some(other) = self.listener.accept()
+            {
+                self.refuse(&other);
+            }
         }
         !close
+    }
+
+    /// Takes all that the client has sent, to see whether it is still there.
+    fn receive_all(&mut self) {
+        const MOST_READS: usize = 64;
+        for _ in 0..MOST_READS {
+            let mut fds = [PollFd::new(self.client.reader(), PollFlags::POLLIN)];
+            let is_readable = matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0);
+            if self.is_lost || !is_readable {
+                return;
+            }
+            self.receive();
+        }
     }
 
     fn receive(&mut self) {
@@ -392,7 +425,9 @@ impl<'a> Session<'a> {
             },
             Outcome::Over | Outcome::Closed => Decision::Report,
         };
-        if outcome == Outcome::Lost && decision != Decision::End {
+        let goes_on = matches!(outcome, Outcome::Lost | Outcome::Detached) && decision != Decision::End;
+        if goes_on {
+            // A client that goes while its guest runs may have left vCPUs that hold.
             self.stop_world();
         }
         machine.catch_hypercalls(None);

@@ -283,12 +283,6 @@ impl PyMachine {
             let text = format!("there is no vCPU {}; this VM has {}", step.unwrap_or(0), machine.cpus());
             return Err(to_python(py, Error::VmState(text)));
         }
-        if let Some(client) = machine.controller() {
-            let text = format!(
-                "a gdb client ({client}) controls the guest: let it go on there, or detach it; interrupt() and wait() work here"
-            );
-            return Err(to_python(py, Error::VmState(text)));
-        }
         detached(py, || {
             machine.resume(|n| match step {
                 None => Plan::Run,
@@ -419,6 +413,11 @@ impl PyMachine {
     fn breakpoints(&self) -> PyResult<Vec<PyBreakpoint>> {
         let machine = self.machine()?;
         Ok(machine.breakpoints().into_iter().map(|b| PyBreakpoint::new(machine.clone(), b)).collect())
+    }
+
+    fn instructions(&self, py: Python<'_>, vcpu: u32) -> PyResult<Option<u64>> {
+        let machine = self.machine()?.clone();
+        detached(py, || machine.with_vcpu(vcpu, |context| Ok(context.cpu.instructions())))
     }
 
     fn registers(&self, vcpu: u32) -> PyResult<PyRegisters> {

@@ -29,5 +29,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<gdb::PyGdbServer>()?;
     module.add_function(wrap_pyfunction!(probe::choose_backend, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;
+    module.add_function(wrap_pyfunction!(probe::probe_soft, module)?)?;
     condition::register(module)
 }

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::errors::detached;
-use crate::backend::{self, Int3, kvm};
+use crate::backend::{self, Capabilities, Int3, kvm, soft};
 
 /// The back end that a VM with `backend=name` gets, and why. Raises ConfigError for an unknown name.
 #[pyfunction]
@@ -17,6 +17,16 @@ pub fn choose_backend(py: Python<'_>, name: &str) -> PyResult<(&'static str, Str
 #[pyfunction]
 pub fn probe_kvm(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let found = detached(py, kvm::probe::capabilities)?;
+    dictionary(py, &found)
+}
+
+/// What the software CPU can do, in the same form.
+#[pyfunction]
+pub fn probe_soft(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    dictionary(py, &soft::CAPABILITIES)
+}
+
+fn dictionary<'py>(py: Python<'py>, found: &Capabilities) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("native_ring0", found.native_ring0)?;
     dict.set_item("single_step", found.single_step)?;

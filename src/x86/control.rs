@@ -4,13 +4,18 @@
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::Outcome;
-use super::flags::{CF, DF, ZF, holds};
+use super::flags::{ARITHMETIC, CF, DF, ZF, holds, mask};
 use super::integer::{LOW_FLAGS, selector};
-use super::operand::{Machine, Step};
-use crate::registers::{RBP, RCX, RSP};
+use super::masked::probe_write;
+use super::operand::{Address, Machine, Step};
+use crate::registers::{RBP, RCX, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, RSP};
 
 /// RFLAGS bits that PUSHF shows as 0: resume and virtual-8086 mode.
 const HIDDEN_FROM_PUSHF: u64 = 1 << 16 | 1 << 17;
+/// Position of the I/O privilege level.
+const IO_LEVEL_SHIFT: u32 = 12;
+/// RFLAGS bits that POPF changes at every privilege level: arithmetic, direction, TF, nested task, alignment check, ID.
+const FREE_FLAGS: u64 = ARITHMETIC | DF | RFLAGS_TF | 1 << 14 | 1 << 18 | 1 << 21;
 /// CR4: control-flow enforcement; calls and returns then use a shadow stack that is not emulated.
 const CR4_CET: u64 = 1 << 23;
 
@@ -23,7 +28,10 @@ pub(super) fn execute(m: &mut Machine) -> Step<bool> {
         M::Jmp => jump(m)?,
         M::Call => call(m)?,
         M::Ret => ret(m)?,
+        M::Enter => enter(m)?,
         M::Leave => leave(m)?,
+        M::Popf => pop_flags(m, 2)?,
+        M::Popfq => pop_flags(m, 8)?,
         M::Pushfq => m.push(8, m.cpu.registers.rflags & !HIDDEN_FROM_PUSHF)?,
         M::Pushf => m.push(2, m.cpu.registers.rflags)?,
         M::Loop | M::Loope | M::Loopne => loop_near(m)?,
@@ -35,6 +43,11 @@ pub(super) fn execute(m: &mut Machine) -> Step<bool> {
         M::Cmc => m.set_flags(CF, !m.cpu.registers.rflags),
         M::Lahf => m.set_register(Register::AH, m.cpu.registers.rflags & LOW_FLAGS | 2)?,
         M::Sahf => m.set_flags(LOW_FLAGS, m.register(Register::AH)?),
+        M::Clflush | M::Clflushopt | M::Clwb => {
+            // Caches are coherent; what is left is the check of a load.
+            let address = m.address()?;
+            m.load(address, 1)?;
+        }
         _ if does_nothing(m.instruction) => {}
         _ => return conditional(m),
     }
@@ -53,14 +66,9 @@ fn does_nothing(instruction: &Instruction) -> bool {
         mnemonic,
         M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch | M::Prefetchwt1
     );
-    // 0F 0D with a register is a NOP on Intel's and #UD on AMD's processors: left to the hypervisor.
-    let is_disputed = matches!(
-        instruction.code(),
-        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
-    );
     // With REX.B the bytes that iced calls PAUSE exchange R8 with RAX.
     let is_pause = mnemonic == M::Pause && instruction.len() == 2;
-    let is_hint = matches!(mnemonic, M::Nop | M::Endbr64 | M::Endbr32) || mnemonic == M::Reservednop && !is_disputed;
+    let is_hint = matches!(mnemonic, M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop);
     is_fence || is_prefetch || is_hint || is_pause
 }
 
@@ -160,12 +168,61 @@ fn pop(m: &mut Machine) -> Step {
     m.write(0, size, value)
 }
 
-fn leave(m: &mut Machine) -> Step {
-    if m.instruction.code() != Code::Leaveq {
-        return Err(Outcome::Unsupported);
+/// POPF. What it may change beyond the arithmetic flags follows from the privilege level; RF is cleared.
+fn pop_flags(m: &mut Machine, size: usize) -> Step {
+    let level = u64::from(m.cpu.system.cs.selector & 3);
+    let io_level = m.cpu.registers.rflags >> IO_LEVEL_SHIFT & 3;
+    let mut changed = FREE_FLAGS;
+    if level <= io_level {
+        changed |= RFLAGS_IF;
     }
+    if level == 0 {
+        changed |= 3 << IO_LEVEL_SHIFT;
+    }
+    let value = m.pop(size)?;
+    m.set_flags(changed & mask(size), value);
+    m.set_flags(RFLAGS_RF, 0);
+    Ok(())
+}
+
+/// ENTER. All that it pushes is stored at once, so that a fault leaves the stack as it was; the place that RSP comes to
+/// has to be writable.
+fn enter(m: &mut Machine) -> Step {
+    let size = if m.instruction.code() == Code::Enterw_imm16_imm8 { 2 } else { 8 };
+    let level = m.instruction.immediate8_2nd() & 31;
+    let (top, base) = (m.cpu.registers.general[RSP], m.cpu.registers.general[RBP]);
+    let frame = top.wrapping_sub(size as u64);
+    // What is copied from other frames may lie where this instruction has pushed before.
+    let mut pushed = vec![base];
+    for n in 1..level {
+        let linear = base.wrapping_sub(u64::from(n) * size as u64);
+        let mut bytes = m.load(Address { linear, is_stack: true }, size)?.to_le_bytes();
+        for (byte, address) in bytes[..size].iter_mut().zip(linear..=u64::MAX) {
+            let distance = usize::try_from(top.wrapping_sub(1).wrapping_sub(address)).unwrap_or(usize::MAX);
+            if let Some(value) = pushed.get(distance / size) {
+                *byte = value.to_le_bytes()[size - 1 - distance % size];
+            }
+        }
+        pushed.push(u64::from_le_bytes(bytes));
+    }
+    if level > 0 {
+        pushed.push(frame);
+    }
+    let bytes: Vec<u8> = pushed.iter().rev().flat_map(|value| value.to_le_bytes()[..size].to_vec()).collect();
+    let bottom = top.wrapping_sub(bytes.len() as u64);
+    let end = bottom.wrapping_sub(m.instruction.immediate16().into());
+    probe_write(m, Address { linear: end, is_stack: true })?;
+    m.store_bytes(Address { linear: bottom, is_stack: true }, &bytes)?;
+    m.set_general(RBP, size, frame);
+    m.cpu.registers.general[RSP] = end;
+    Ok(())
+}
+
+fn leave(m: &mut Machine) -> Step {
     m.cpu.registers.general[RSP] = m.cpu.registers.general[RBP];
-    m.cpu.registers.general[RBP] = m.pop(8)?;
+    let size = if m.instruction.code() == Code::Leavew { 2 } else { 8 };
+    let base = m.pop(size)?;
+    m.set_general(RBP, size, base);
     Ok(())
 }
 

@@ -6,14 +6,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::core::{Slow, write_exit};
+use super::engine::{Engine, Stop};
 use super::hooks::{DebugOptions, Hooks};
+use super::mmu::Watched;
 use super::platform::Platform;
-use super::state::{Fault, State};
-use super::{Bus, BusError, MAX_LENGTH, Outcome};
+use super::state::{DeviceAccess, Fault, State};
 use crate::backend::DataAccess;
 use crate::memory::GuestMemory;
-use crate::paging::{self, PagingMode};
-use crate::registers::{FpuState, Registers, SystemRegisters};
+use crate::registers::{FpuState, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Registers, SystemRegisters, segment_attributes};
 
 /// Why [`Cpu::run`] returned. RIP and the instruction count are exact at every exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,55 +78,247 @@ pub enum CpuExit {
     Shutdown,
 }
 
+/// The most instructions between two looks at the flag and at interrupts.
+const SLICE: u64 = 8192;
+
+/// What came before an instruction.
+enum Event {
+    Nothing,
+    /// RIP is at a handler now.
+    Delivered,
+    Exit(CpuExit),
+}
+
 /// A CPU: architectural state, and caches that follow from it and from memory.
 pub struct Cpu {
-    state: State,
-    memory: GuestMemory,
+    engine: Box<Engine>,
     debug: DebugOptions,
     hooks: Option<Box<dyn Hooks>>,
+    /// The instruction at RIP executes even if a breakpoint is there.
     resume: bool,
+    /// Every instruction goes through the slow executor.
+    is_slow: bool,
     interrupt: Arc<AtomicBool>,
     io: [u8; 8],
     io_length: usize,
+    /// What the last instruction also came to; told when the VMM has heard of its writes to devices.
+    after: Option<CpuExit>,
 }
 
 impl Cpu {
     /// A CPU on that memory, in the state of [`State::default`].
     pub fn new(memory: &GuestMemory) -> Self {
         Self {
-            state: State::default(),
-            memory: memory.clone(),
+            engine: Box::new(Engine::new(memory)),
             debug: DebugOptions::default(),
             hooks: None,
             resume: false,
+            is_slow: false,
             interrupt: Arc::default(),
             io: [0; 8],
             io_length: 0,
+            after: None,
         }
     }
 
     /// Executes until an exit, at most `budget` instructions. A read that the last exit was about is completed first.
     pub fn run(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
-        for _ in 0..budget {
-            if self.interrupt.swap(false, Ordering::Relaxed) {
-                return CpuExit::Interrupted;
+        let target = self.engine.core.state.instructions.saturating_add(budget);
+        if let Some(exit) = self.finish_read(platform) {
+            return exit;
+        }
+        loop {
+            match self.event(platform) {
+                Event::Nothing => {}
+                Event::Delivered if self.debug.single_step => return CpuExit::SingleStep,
+                Event::Delivered => continue,
+                Event::Exit(exit) => return exit,
             }
-            let now = self.state.instructions;
-            let mode = PagingMode::from(&self.state.core.system);
-            let mut bus = SlowBus { memory: &self.memory, mode, platform, now };
-            match super::step(&mut self.state.core, &mut bus) {
-                Outcome::Done | Outcome::Repeat => self.state.instructions += 1,
-                _ => return CpuExit::Shutdown,
+            let left = target.saturating_sub(self.engine.core.state.instructions);
+            if left == 0 {
+                return CpuExit::Budget;
+            }
+            let exit = if self.goes_slowly() { self.step(platform) } else { self.blocks(platform, left) };
+            if let Some(exit) = exit {
+                return exit;
             }
         }
-        CpuExit::Budget
     }
 
-    /// Finishes the read that the last exit was about, without executing anything else. `None` if nothing else came of
-    /// it; a write to a device by the same instruction, for example, is an exit.
+    /// Finishes the access that the last exit was about, without executing another instruction. `None` if nothing else
+    /// came of it; a further access of the same instruction, a watchpoint or a single step is an exit.
     pub fn complete_io(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
-        let _ = platform;
-        None
+        self.finish_read(platform).or_else(|| self.left_over())
+    }
+
+    /// Executes the instruction again whose read the VMM has answered.
+    fn finish_read(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        let access = self.engine.core.state.pending_read.take()?;
+        let data = &self.io[..usize::from(access.size.min(8))];
+        let answer = DeviceAccess::new(access.address, access.is_port, data);
+        self.engine.core.state.answers.push(answer);
+        self.execute_one(platform)
+    }
+
+    /// What the last instruction came to and the VMM has not been told.
+    fn left_over(&mut self) -> Option<CpuExit> {
+        if let Some(access) = self.engine.core.state.pending_writes.pop_front() {
+            self.io = access.data;
+            self.io_length = access.bytes().len();
+            return Some(write_exit(&access));
+        }
+        self.after.take()
+    }
+
+    /// What comes before an instruction: exits that wait, exceptions, interrupts, the end.
+    fn event(&mut self, platform: &mut dyn Platform) -> Event {
+        if let Some(exit) = self.left_over() {
+            return Event::Exit(exit);
+        }
+        if self.interrupt.load(Ordering::Relaxed) {
+            self.interrupt.store(false, Ordering::Relaxed);
+            return Event::Exit(CpuExit::Interrupted);
+        }
+        if self.engine.core.state.shut_down {
+            return Event::Exit(CpuExit::Shutdown);
+        }
+        let is_alive = if let Some(fault) = self.engine.core.state.injected.take() {
+            let is_trap = matches!(fault.vector, 1 | 3 | 4);
+            let flags = self.engine.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
+            self.engine.core.deliver_exception(fault, flags)
+        } else if let Some(vector) = self.interrupt_to_take(platform) {
+            platform.acknowledge_interrupt(vector, self.engine.core.state.instructions);
+            self.engine.core.deliver_interrupt(vector)
+        } else if self.engine.core.state.halted {
+            return Event::Exit(CpuExit::Halted);
+        } else {
+            return Event::Nothing;
+        };
+        if is_alive { Event::Delivered } else { Event::Exit(CpuExit::Shutdown) }
+    }
+
+    fn interrupt_to_take(&mut self, platform: &mut dyn Platform) -> Option<u8> {
+        let state = &self.engine.core.state;
+        let is_held_off = self.debug.single_step && self.debug.block_interrupts;
+        if state.core.registers.rflags & RFLAGS_IF == 0 || state.interrupt_shadow || is_held_off {
+            return None;
+        }
+        platform.pending_interrupt(state.instructions)
+    }
+
+    /// Whether each instruction has to be looked at: hooks, traps, a shadow, or a mode that blocks do not know.
+    fn goes_slowly(&self) -> bool {
+        let state = &self.engine.core.state;
+        self.resume
+            || self.is_slow
+            || self.hooks.is_some()
+            || state.interrupt_shadow
+            || state.core.registers.rflags & (RFLAGS_TF | RFLAGS_RF) != 0
+            || state.debug[7] & 0xff != 0
+            || state.core.system.cs.attributes & segment_attributes::L == 0
+            || super::checks_alignment(&state.core)
+    }
+
+    /// Blocks of instructions, up to a slice of the budget, and the instruction that needs more than that.
+    fn blocks(&mut self, platform: &mut dyn Platform, left: u64) -> Option<CpuExit> {
+        let budget = if self.debug.single_step { 1 } else { left.min(SLICE) };
+        match self.engine.run(budget) {
+            Stop::Breakpoint => Some(CpuExit::Breakpoint),
+            Stop::Budget => self.stepped(),
+            _ => {
+                let before = self.engine.core.state.debug[7];
+                let exit = self.step(platform);
+                if before != self.engine.core.state.debug[7] {
+                    self.update_watchpoints();
+                }
+                exit
+            }
+        }
+    }
+
+    /// One instruction, with all that may be looked out for before it.
+    fn step(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        let rip = self.engine.core.state.core.registers.rip;
+        if !std::mem::take(&mut self.resume) && self.engine.has_breakpoint(rip) {
+            return Some(CpuExit::Breakpoint);
+        }
+        if let Some(reason) = self.engine.core.guest_breakpoint() {
+            let fault = Fault { vector: 1, error_code: None, address: Some(reason) };
+            let flags = self.engine.core.state.core.registers.rflags | RFLAGS_RF;
+            let is_alive = self.engine.core.deliver_exception(fault, flags);
+            return if is_alive { self.stepped() } else { Some(CpuExit::Shutdown) };
+        }
+        self.execute_one(platform)
+    }
+
+    /// One instruction by the slow executor.
+    fn execute_one(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.engine.core.mmu.watched = None;
+        let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.engine.core.slow_step(platform) };
+        match slow {
+            Slow::Exit(exit) => {
+                if let Some(access) = self.engine.core.state.pending_read {
+                    (self.io, self.io_length) = ([0; 8], access.bytes().len());
+                }
+                return Some(exit);
+            }
+            Slow::Delivered => return self.stepped(),
+            Slow::Retired => {}
+        }
+        self.after = self.engine.core.exit.take();
+        if let Some(watched) = self.engine.core.mmu.watched.take() {
+            self.note_watched(&watched);
+        }
+        if self.debug.single_step && !matches!(self.after, Some(CpuExit::Watchpoint { .. })) {
+            self.after = Some(CpuExit::SingleStep);
+        }
+        self.left_over()
+    }
+
+    fn stepped(&self) -> Option<CpuExit> {
+        self.debug.single_step.then_some(CpuExit::SingleStep)
+    }
+
+    /// An instruction with hooks: they hear of it first, then of its accesses.
+    fn traced_step(&mut self, platform: &mut dyn Platform) -> Slow {
+        let decoded = match self.engine.core.decode() {
+            Ok(decoded) => decoded,
+            Err(fault) => return self.engine.core.raise(fault),
+        };
+        let hooks = self.hooks.as_mut().expect("the caller has looked");
+        let instruction = &decoded.instruction;
+        hooks.instruction(instruction.ip(), &decoded.code[..instruction.len()]);
+        self.engine.core.trace = Some(Vec::new());
+        let slow = self.engine.core.slow_execute(&decoded, platform);
+        for Watched { address, length, is_write, .. } in self.engine.core.trace.take().unwrap_or_default() {
+            hooks.access(DataAccess { address, length, write: is_write });
+        }
+        slow
+    }
+
+    /// An access that a watchpoint of the debugger or of the guest reports.
+    fn note_watched(&mut self, watched: &Watched) {
+        let Watched { index, address, length, is_write } = *watched;
+        match index.checked_sub(self.debug.watchpoints.len()) {
+            None => {
+                let access = DataAccess { address, length, write: is_write };
+                self.after = Some(CpuExit::Watchpoint { index, access });
+            }
+            Some(guest) => {
+                let reason = self.engine.core.guest_watch_reason(guest);
+                self.engine.core.debug_trap(reason);
+            }
+        }
+    }
+
+    /// Hands the MMU the debugger's watchpoints and the guest's.
+    fn update_watchpoints(&mut self) {
+        let mut all = self.debug.watchpoints.clone();
+        all.extend(self.engine.core.guest_watchpoints());
+        if all != self.engine.core.mmu.watchpoints {
+            self.engine.core.mmu.watchpoints = all;
+            self.engine.core.mmu.flush_data();
+        }
     }
 
     /// The bytes of the last port or memory access: what the guest wrote, or the place to put what it reads.
@@ -141,7 +334,10 @@ impl Cpu {
 
     /// Chooses what to look out for from the next [`Cpu::run`] on.
     pub fn set_debug(&mut self, options: DebugOptions) {
+        self.engine.core.stop_at_int3 = options.stop_at_int3;
+        self.engine.set_breakpoints(&options.breakpoints);
         self.debug = options;
+        self.update_watchpoints();
     }
 
     /// What is looked out for.
@@ -154,157 +350,113 @@ impl Cpu {
         self.resume = true;
     }
 
+    /// Executes every instruction by the slow executor, whose results blocks have to have: for tests and for doubts.
+    pub fn set_slow(&mut self, is_slow: bool) {
+        self.is_slow = is_slow;
+    }
+
     /// Sets or removes the hooks.
     pub fn set_hooks(&mut self, hooks: Option<Box<dyn Hooks>>) {
+        self.engine.core.mmu.is_traced = hooks.is_some();
+        self.engine.core.mmu.flush_data();
         self.hooks = hooks;
     }
 
     /// General registers, RIP, RFLAGS.
     pub fn registers(&self) -> Registers {
-        self.state.core.registers
+        self.engine.core.state.core.registers
     }
 
-    /// Sets general registers, RIP, RFLAGS. A read that waits for its answer is given up.
+    /// Sets general registers, RIP, RFLAGS. With another RIP, a read that waits for its answer is given up.
     pub fn set_registers(&mut self, registers: &Registers) {
-        self.state.core.registers = *registers;
+        if registers.rip != self.engine.core.state.core.registers.rip {
+            self.engine.core.state.pending_read = None;
+            self.engine.core.state.answers = Default::default();
+        }
+        self.engine.core.state.core.registers = *registers;
+        self.engine.core.mode_changed();
     }
 
     /// Segment and control registers.
     pub fn system_registers(&self) -> &SystemRegisters {
-        &self.state.core.system
+        &self.engine.core.state.core.system
     }
 
     /// Sets segment and control registers; cached translations are dropped as needed.
     pub fn set_system_registers(&mut self, registers: &SystemRegisters) {
-        self.state.core.system = *registers;
+        self.engine.core.state.core.system = *registers;
+        self.engine.core.mode_changed();
     }
 
     /// x87 and SSE registers.
     pub fn fpu(&self) -> &FpuState {
-        &self.state.core.fpu
+        &self.engine.core.state.core.fpu
     }
 
     /// Sets x87 and SSE registers.
     pub fn set_fpu(&mut self, fpu: &FpuState) {
-        self.state.core.fpu = *fpu;
+        self.engine.core.state.core.fpu = *fpu;
     }
 
     /// Upper halves of the YMM registers.
     pub fn ymm_high(&self) -> &[u128; 16] {
-        &self.state.core.ymm_high
+        &self.engine.core.state.core.ymm_high
     }
 
     /// Sets the upper halves of the YMM registers.
     pub fn set_ymm_high(&mut self, high: &[u128; 16]) {
-        self.state.core.ymm_high = *high;
+        self.engine.core.state.core.ymm_high = *high;
     }
 
     /// XCR0.
     pub fn xcr0(&self) -> u64 {
-        self.state.core.xcr0
+        self.engine.core.state.core.xcr0
     }
 
     /// Instructions that have retired.
     pub fn instructions(&self) -> u64 {
-        self.state.instructions
+        self.engine.core.state.instructions
     }
 
     /// Whether HLT was executed and no interrupt has come since.
     pub fn is_halted(&self) -> bool {
-        self.state.halted
+        self.engine.core.state.halted
     }
 
     /// Halts the CPU as HLT does, or wakes it.
     pub fn set_halted(&mut self, halted: bool) {
-        self.state.halted = halted;
+        self.engine.core.state.halted = halted;
     }
 
     /// Delivers an exception before the next instruction.
     pub fn inject(&mut self, fault: Fault) {
-        self.state.injected = Some(fault);
+        self.engine.core.state.injected = Some(fault);
     }
 
     /// An MSR that the CPU keeps, the ones that system registers hold included; `None` for one of the platform's.
-    pub fn msr(&self, index: u32) -> Option<u64> {
-        let _ = index;
-        None
+    pub fn msr(&mut self, index: u32) -> Option<u64> {
+        self.engine.core.msr(index)
     }
 
     /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
     pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
-        let _ = (index, value);
-        false
+        self.engine.core.set_msr(index, value)
     }
 
     /// A copy of all architectural state.
     pub fn snapshot(&self) -> State {
-        self.state
+        self.engine.core.state
     }
 
     /// Sets all architectural state.
     pub fn restore(&mut self, state: &State) {
-        self.state = *state;
-    }
-}
-
-/// Memory by page walks.
-struct SlowBus<'a> {
-    memory: &'a GuestMemory,
-    mode: PagingMode,
-    platform: &'a mut dyn Platform,
-    now: u64,
-}
-
-impl SlowBus<'_> {
-    fn each(
-        &self,
-        address: u64,
-        length: usize,
-        mut piece: impl FnMut(u64, std::ops::Range<usize>),
-    ) -> Result<(), BusError> {
-        let mut done = 0;
-        while done < length {
-            let at = address.wrapping_add(done as u64);
-            let page = paging::translate(self.memory, &self.mode, at)
-                .map_err(|_| BusError::PageFault { address: at, error_code: 0 })?;
-            let end = length.min(done.saturating_add(usize::try_from(page.remaining).unwrap_or(usize::MAX)));
-            if !self.memory.contains(page.physical, (end - done) as u64) {
-                return Err(BusError::NotRam);
-            }
-            piece(page.physical, done..end);
-            done = end;
+        self.engine.core.state = *state;
+        self.engine.core.mode_changed();
+        self.engine.core.mmu.flush();
+        self.update_watchpoints();
+        self.after = None;
+        if let Some(access) = state.pending_read {
+            self.io_length = access.bytes().len();
         }
-        Ok(())
-    }
-}
-
-impl Bus for SlowBus<'_> {
-    fn read(&mut self, address: u64, buffer: &mut [u8]) -> Result<(), BusError> {
-        let memory = self.memory;
-        self.each(address, buffer.len(), |at, range| {
-            let _ = memory.read(at, &mut buffer[range]);
-        })
-    }
-
-    fn write(&mut self, address: u64, data: &[u8]) -> Result<(), BusError> {
-        let memory = self.memory;
-        self.each(address, data.len(), |_, _| {})?;
-        self.each(address, data.len(), |at, range| {
-            let _ = memory.write(at, &data[range]);
-        })
-    }
-
-    fn fetch(&mut self, address: u64, buffer: &mut [u8; MAX_LENGTH]) -> usize {
-        if self.read(address, buffer).is_ok() { buffer.len() } else { 0 }
-    }
-
-    fn read_tsc(&mut self) -> u64 {
-        self.platform.tsc(self.now)
-    }
-
-    fn compare_exchange(&mut self, address: u64, size: usize, expected: u128, new: u128) -> Result<u128, BusError> {
-        let page = paging::translate(self.memory, &self.mode, address)
-            .map_err(|_| BusError::PageFault { address, error_code: 2 })?;
-        self.memory.compare_exchange(page.physical, size, expected, new).ok_or(BusError::NotRam)
     }
 }

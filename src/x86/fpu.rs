@@ -1,6 +1,7 @@
 //! x87 instructions. Arithmetic, loads and stores are executed by the host's own FPU: the vCPU's state is loaded with
-//! FXRSTOR, one entry of a table of all x87 opcodes runs, and FXSAVE takes the state back. Exceptions are masked while
-//! the host executes; one that the guest has not masked makes the instruction unsupported.
+//! FXRSTOR, one entry of a table of all x87 opcodes runs, and FXSAVE takes the state back. The guest's exceptions stay
+//! unmasked while the host executes: x87 reports one at the next instruction that waits, and neither FXSAVE nor FXRSTOR
+//! does. So pending exceptions come back as the host's own CPU leaves them, and the guest's next x87 instruction is #MF.
 
 use std::arch::asm;
 
@@ -9,20 +10,20 @@ use iced_x86::{Mnemonic, OpKind};
 use super::Outcome;
 use super::flags::ARITHMETIC;
 use super::fpu_environment::{
-    EXCEPTIONS, SUMMARY, clear_exceptions, initialise, load_control, load_environment, restore, save,
-    set_control_and_status, store_environment,
+    EXCEPTIONS, clear_exceptions, initialise, load_control, load_environment, restore, save, set_control_and_status,
+    store_environment,
 };
 use super::operand::{Machine, Step};
 use super::sse::CR0_EM;
 use super::xsave::{Legacy, get_x87, put_x87};
-use crate::registers::CR0_TS;
+use crate::registers::{CR0_TS, FpuState};
 
 /// CR0: WAIT obeys TS.
 const CR0_MP: u64 = 1 << 1;
-/// CR0: x87 errors are reported as #MF.
-const CR0_NE: u64 = 1 << 5;
 /// The host's MXCSR while the guest's x87 state is loaded.
 const MXCSR_QUIET: u32 = 0x1f80;
+/// Exceptions of a store that, unmasked, keep it from being made: invalid operation, overflow, underflow.
+const PREVENTS_STORE: u16 = 1 | 1 << 3 | 1 << 4;
 /// The largest memory operand that the host's instructions get.
 const OPERAND: usize = 16;
 
@@ -81,12 +82,13 @@ fn check_enabled(m: &Machine) -> Step {
 }
 
 /// Raises #MF if an earlier instruction left an unmasked exception.
-fn check_no_pending(m: &Machine) -> Step {
-    if m.cpu.fpu.fsw & SUMMARY == 0 {
+pub(super) fn check_no_pending(m: &Machine) -> Step {
+    // The summary bit follows from the others, and a debugger may have set it without them.
+    if m.cpu.fpu.fsw & !m.cpu.fpu.fcw & EXCEPTIONS == 0 {
         return Ok(());
     }
-    // Without NE the error goes through an interrupt controller, as in the PC/AT.
-    Err(if m.cpu.system.cr0 & CR0_NE != 0 { Outcome::fault(16) } else { Outcome::Unsupported })
+    // Without CR0.NE the error would go through the interrupt controller of a PC/AT, which no machine here has.
+    Err(Outcome::fault(16))
 }
 
 fn wait(m: &mut Machine) -> Step {
@@ -147,8 +149,8 @@ fn execute_on_host(m: &mut Machine, opcode: Opcode) -> Step {
     let mut host = prepare(m);
     let mut flags = m.cpu.registers.rflags & ARITHMETIC;
     run_on_host(opcode, &mut host, &mut operand, &mut flags);
-    let fpu = take_back(m, &host)?;
-    if opcode.stores() && opcode.is_memory() {
+    let fpu = take_back(m, &host);
+    if opcode.stores() && opcode.is_memory() && fpu.fsw & !fpu.fcw & PREVENTS_STORE == 0 {
         let address = m.address()?;
         m.store_bytes(address, &operand[..size])?;
     }
@@ -157,29 +159,24 @@ fn execute_on_host(m: &mut Machine, opcode: Opcode) -> Step {
     note_last_instruction(m, opcode)
 }
 
-/// The vCPU's x87 state for FXRSTOR, with exceptions masked and no flags set.
+/// The vCPU's x87 state for FXRSTOR.
 fn prepare(m: &Machine) -> Legacy {
-    let mut quiet = m.cpu.fpu;
-    let (fcw, fsw) = (quiet.fcw | EXCEPTIONS, quiet.fsw & !EXCEPTIONS);
-    set_control_and_status(&mut quiet, fcw, fsw);
+    let mut fpu = m.cpu.fpu;
+    let (fcw, fsw) = (fpu.fcw, fpu.fsw);
+    set_control_and_status(&mut fpu, fcw, fsw);
     let mut image = Legacy([0; 512]);
-    put_x87(&mut image.0, &quiet, true);
+    put_x87(&mut image.0, &fpu, true);
     image.0[24..28].copy_from_slice(&MXCSR_QUIET.to_le_bytes());
     image
 }
 
-/// The vCPU's state after the host's instruction; unsupported if it raised an exception that the guest has not masked.
-fn take_back(m: &Machine, host: &Legacy) -> Step<crate::registers::FpuState> {
+/// The vCPU's state after the host's instruction.
+fn take_back(m: &Machine, host: &Legacy) -> FpuState {
     let before = &m.cpu.fpu;
     let mut fpu = *before;
     get_x87(&host.0, &mut fpu, true);
     (fpu.fip, fpu.fdp, fpu.fop) = (before.fip, before.fdp, before.fop);
-    if fpu.fsw & EXCEPTIONS & !before.fcw != 0 {
-        return Err(Outcome::Unsupported);
-    }
-    let flags = fpu.fsw | before.fsw & EXCEPTIONS;
-    set_control_and_status(&mut fpu, before.fcw, flags);
-    Ok(fpu)
+    fpu
 }
 
 /// Records where the last instruction and its operand were.
@@ -203,9 +200,9 @@ fn run_on_host(opcode: Opcode, image: &mut Legacy, operand: &mut [u8; OPERAND], 
         escape * 64 + usize::from(opcode.modrm & 0x3f)
     };
     // SAFETY: the entry is below 576, so the jump stays within the two tables, which follow one another. The decoder
-    // has accepted the opcode, so it is valid; the instructions that could unmask exceptions or store more than 16
-    // bytes are executed elsewhere. The areas are aligned and valid, the image masks every exception, and the host's
-    // x87 and SSE state is back before any other code runs. Of the flags only arithmetic ones can be set.
+    // has accepted the opcode, so it is valid; the instructions that store more than 16 bytes are executed elsewhere. The
+    // areas are aligned and valid; no exception is pending before the instruction, and nothing after it waits for one;
+    // the host's x87 and SSE state is back before any other code runs. Of the flags only arithmetic ones can be set.
     unsafe {
         asm!(
             "fxsave64 [{own}]",

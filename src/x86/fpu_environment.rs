@@ -3,7 +3,7 @@
 //! are what sets, shows and clears the masks and flags.
 
 use super::Outcome;
-use super::operand::{Address, Machine, Step};
+use super::operand::{Machine, Step};
 use crate::registers::FpuState;
 
 /// The exception flags of the status word, and the masks in the same places of the control word.
@@ -24,8 +24,10 @@ const CONTROL_FIXED: u16 = 0x40;
 const CONTROL_INITIAL: u16 = 0x37f;
 /// Bytes of the environment in its 32-bit format.
 const ENVIRONMENT: usize = 28;
-/// Bytes that FNSAVE writes.
-const SAVED: usize = ENVIRONMENT + 80;
+/// The same in the 16-bit format.
+const SHORT_ENVIRONMENT: usize = 14;
+/// Bytes of the registers, which FNSAVE writes behind the environment.
+const REGISTERS: usize = 80;
 
 /// Number of the physical register that ST0 is.
 fn top(fsw: u16) -> usize {
@@ -44,6 +46,12 @@ fn set_environment(fpu: &mut FpuState, fcw: u16, fsw: u16) {
     let distance = (top(fsw) + 8 - top(fpu.fsw)) % 8;
     fpu.st.rotate_left(distance);
     set_control_and_status(fpu, fcw, fsw);
+}
+
+/// Makes ST0 the first physical register, without changing registers.
+pub(super) fn make_top_zero(fpu: &mut FpuState) {
+    let (fcw, fsw) = (fpu.fcw, fpu.fsw & !(7 << TOP_SHIFT));
+    set_environment(fpu, fcw, fsw);
 }
 
 /// FNINIT.
@@ -90,42 +98,56 @@ fn abridged(tags: u16) -> u8 {
     (0..8).fold(0, |bits, physical| bits | u8::from(tags >> (2 * physical) & 3 != 3) << physical)
 }
 
-fn environment(fpu: &FpuState) -> [u8; ENVIRONMENT] {
-    let low = |pointer: u64| u32::from_le_bytes(pointer.to_le_bytes()[..4].try_into().expect("4 bytes"));
-    let words = [
-        0xffff_0000 | u32::from(fpu.fcw),
-        0xffff_0000 | u32::from(fpu.fsw),
-        0xffff_0000 | u32::from(full_tags(fpu)),
-        low(fpu.fip),
-        u32::from(fpu.fop) << 16,
-        low(fpu.fdp),
-        0xffff_0000,
-    ];
-    let mut bytes = [0; ENVIRONMENT];
-    for (place, word) in bytes.chunks_exact_mut(4).zip(words) {
-        place.copy_from_slice(&word.to_le_bytes());
+/// How the environment lies in memory: in words of two or four bytes.
+#[derive(Clone, Copy)]
+struct Layout {
+    word: usize,
+}
+
+impl Layout {
+    /// The one whose size, together with `registers` bytes, the operand has.
+    fn of(m: &Machine, registers: usize) -> Step<Self> {
+        match m.instruction.memory_size().size().checked_sub(registers) {
+            Some(ENVIRONMENT) => Ok(Self { word: 4 }),
+            Some(SHORT_ENVIRONMENT) => Ok(Self { word: 2 }),
+            _ => Err(Outcome::Unsupported),
+        }
     }
-    bytes
-}
 
-fn load_environment_from(fpu: &mut FpuState, bytes: &[u8]) {
-    let half = |offset: usize| u16::from_le_bytes([bytes[offset], bytes[offset + 1]]);
-    set_environment(fpu, half(0), half(4));
-    fpu.ftw = abridged(half(8));
-    fpu.fip = super::operand::from_bytes(&bytes[12..16]);
-    fpu.fop = half(18) & 0x7ff;
-    fpu.fdp = super::operand::from_bytes(&bytes[20..24]);
-}
+    /// Bytes of the environment.
+    fn size(self) -> usize {
+        7 * self.word
+    }
 
-/// The operand's address, if it has the size of the 32-bit format.
-fn address(m: &Machine, size: usize) -> Step<Address> {
-    if m.instruction.memory_size().size() == size { m.address() } else { Err(Outcome::Unsupported) }
+    fn store(self, fpu: &FpuState) -> Vec<u8> {
+        let low = |pointer: u64| u32::from_le_bytes(pointer.to_le_bytes()[..4].try_into().expect("4 bytes"));
+        let opcode = if self.word == 4 { u32::from(fpu.fop) << 16 } else { 0 };
+        let words = [
+            0xffff_0000 | u32::from(fpu.fcw),
+            0xffff_0000 | u32::from(fpu.fsw),
+            0xffff_0000 | u32::from(full_tags(fpu)),
+            low(fpu.fip),
+            opcode,
+            low(fpu.fdp),
+            if self.word == 4 { 0xffff_0000 } else { 0 },
+        ];
+        words.iter().flat_map(|word| word.to_le_bytes()[..self.word].to_vec()).collect()
+    }
+
+    fn load(self, fpu: &mut FpuState, bytes: &[u8]) {
+        let word = |n: usize| super::operand::from_bytes(&bytes[self.word * n..self.word * (n + 1)]);
+        let half = |n: usize| u16::from_le_bytes([bytes[self.word * n], bytes[self.word * n + 1]]);
+        set_environment(fpu, half(0), half(1));
+        fpu.ftw = abridged(half(2));
+        (fpu.fip, fpu.fdp) = (word(3), word(5));
+        fpu.fop = if self.word == 4 { u16::from_le_bytes([bytes[18], bytes[19]]) & 0x7ff } else { 0 };
+    }
 }
 
 /// FNSTENV, which masks all exceptions afterwards.
 pub(super) fn store_environment(m: &mut Machine) -> Step {
-    let address = address(m, ENVIRONMENT)?;
-    m.store_bytes(address, &environment(&m.cpu.fpu))?;
+    let (layout, address) = (Layout::of(m, 0)?, m.address()?);
+    m.store_bytes(address, &layout.store(&m.cpu.fpu))?;
     let fpu = &mut m.cpu.fpu;
     set_control_and_status(fpu, fpu.fcw | EXCEPTIONS, fpu.fsw);
     Ok(())
@@ -134,19 +156,18 @@ pub(super) fn store_environment(m: &mut Machine) -> Step {
 /// FLDENV.
 pub(super) fn load_environment(m: &mut Machine) -> Step {
     let mut bytes = [0; ENVIRONMENT];
-    let address = address(m, ENVIRONMENT)?;
-    m.load_bytes(address, &mut bytes)?;
-    load_environment_from(&mut m.cpu.fpu, &bytes);
+    let (layout, address) = (Layout::of(m, 0)?, m.address()?);
+    m.load_bytes(address, &mut bytes[..layout.size()])?;
+    layout.load(&mut m.cpu.fpu, &bytes);
     Ok(())
 }
 
 /// FNSAVE, which initialises the FPU afterwards.
 pub(super) fn save(m: &mut Machine) -> Step {
-    let address = address(m, SAVED)?;
-    let mut bytes = [0; SAVED];
-    bytes[..ENVIRONMENT].copy_from_slice(&environment(&m.cpu.fpu));
-    for (place, register) in bytes[ENVIRONMENT..].chunks_exact_mut(10).zip(&m.cpu.fpu.st) {
-        place.copy_from_slice(&register[..10]);
+    let (layout, address) = (Layout::of(m, REGISTERS)?, m.address()?);
+    let mut bytes = layout.store(&m.cpu.fpu);
+    for register in &m.cpu.fpu.st {
+        bytes.extend_from_slice(&register[..10]);
     }
     m.store_bytes(address, &bytes)?;
     initialise(&mut m.cpu.fpu);
@@ -155,11 +176,11 @@ pub(super) fn save(m: &mut Machine) -> Step {
 
 /// FRSTOR.
 pub(super) fn restore(m: &mut Machine) -> Step {
-    let address = address(m, SAVED)?;
-    let mut bytes = [0; SAVED];
-    m.load_bytes(address, &mut bytes)?;
-    load_environment_from(&mut m.cpu.fpu, &bytes);
-    for (register, place) in m.cpu.fpu.st.iter_mut().zip(bytes[ENVIRONMENT..].chunks_exact(10)) {
+    let mut bytes = [0; ENVIRONMENT + REGISTERS];
+    let (layout, address) = (Layout::of(m, REGISTERS)?, m.address()?);
+    m.load_bytes(address, &mut bytes[..layout.size() + REGISTERS])?;
+    layout.load(&mut m.cpu.fpu, &bytes);
+    for (register, place) in m.cpu.fpu.st.iter_mut().zip(bytes[layout.size()..].chunks_exact(10)) {
         *register = [0; 16];
         register[..10].copy_from_slice(place);
     }

@@ -4,26 +4,51 @@
 //! host's own CPU, so that rounding, NaNs and exception flags are the hardware's. Only 64-bit mode is known.
 
 mod accesses;
+mod avx_lane;
+mod avx_masked;
+mod avx_table;
 mod bits;
+mod block;
+mod bus;
 mod control;
+mod core;
 pub mod cpu;
 mod cpuid;
+mod debug_registers;
+mod engine;
+mod exception;
+mod features;
 mod flags;
 mod fpu;
 mod fpu_environment;
 pub mod hooks;
 mod integer;
+mod lazy;
+mod masked;
+mod mmu;
+mod mmx;
+mod msr;
 mod operand;
+mod ops;
 pub mod platform;
+mod port;
+mod privileged;
+mod segment;
 mod shift;
 mod sse;
-mod sse_move;
 mod sse_table;
+mod sse_text;
 pub mod state;
 mod string;
 mod system;
 #[cfg(test)]
 mod tests;
+mod translate;
+mod vector;
+mod vector_asm;
+mod vector_call;
+mod vector_move;
+mod vector_soft;
 mod xsave;
 
 pub use cpu::{Cpu, CpuExit};
@@ -42,7 +67,10 @@ use crate::registers::{
 };
 use crate::registers::{FpuState, Registers, SystemRegisters};
 pub use accesses::{Accesses, accesses};
+pub use features::{Features, features};
 use operand::Machine;
+pub use vector::{Control, Operation, VectorFn, operation};
+pub use vector_call::{Destination, Source, VectorCall, Wide};
 
 /// The longest instruction that the architecture allows, in bytes.
 pub const MAX_LENGTH: usize = 15;
@@ -99,6 +127,8 @@ pub enum BusError {
     },
     /// The address is mapped but not to RAM, or the access can't be done atomically where it has to be.
     NotRam,
+    /// The address is not aligned, and the guest has asked to be told: #AC.
+    Unaligned,
 }
 
 /// Guest memory as one vCPU sees it: guest-virtual (linear) addresses, translated with the vCPU's current page tables
@@ -176,6 +206,7 @@ impl From<BusError> for Outcome {
                 Self::Fault { vector: 14, error_code: Some(error_code), address: Some(address) }
             }
             BusError::NotRam => Self::Unsupported,
+            BusError::Unaligned => Self::fault_zero(17),
         }
     }
 }
@@ -213,6 +244,11 @@ fn execute(cpu: &mut CpuState, bus: &mut dyn Bus, instruction: &Instruction, cod
     if cpu.system.cs.attributes & segment_attributes::L == 0 || checks_alignment(cpu) {
         return Outcome::Unsupported;
     }
+    execute_family(cpu, bus, instruction, code)
+}
+
+/// [`execute`] in a mode that is known to do.
+fn execute_family(cpu: &mut CpuState, bus: &mut dyn Bus, instruction: &Instruction, code: &[u8]) -> Outcome {
     let before = cpu.registers;
     cpu.registers.rip = instruction.next_ip();
     let mut machine = Machine { cpu, bus, instruction, code };
@@ -319,6 +355,10 @@ fn uses_fpu(feature: CpuidFeature) -> bool {
             | F::XSAVES
             | F::AVX
             | F::AVX2
+            | F::F16C
+            | F::FMA
+            | F::VAES
+            | F::VPCLMULQDQ
     )
 }
 

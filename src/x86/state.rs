@@ -72,18 +72,35 @@ impl Fault {
     }
 }
 
-/// The most accesses to devices that one instruction makes: both ends of a copy of 16 bytes, in pieces of 8, and more.
-pub(super) const DEVICE_ACCESSES: usize = 8;
+/// The most accesses to devices of one kind that one instruction may make: 64 bytes in pieces of 8.
+const DEVICE_ACCESSES: usize = 8;
 
 /// An access to a device that an instruction makes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DeviceAccess {
     /// Guest-physical address, or port.
     pub address: u64,
+    /// By IN, OUT and their string forms, not by a memory operand.
+    pub is_port: bool,
     /// Bytes, up to 8.
     pub size: u8,
     /// The bytes.
     pub data: [u8; 8],
+}
+
+impl DeviceAccess {
+    /// An access of `data`'s length (up to 8), with these bytes.
+    pub(super) fn new(address: u64, is_port: bool, data: &[u8]) -> Self {
+        let mut whole = [0; 8];
+        let length = data.len().min(8);
+        whole[..length].copy_from_slice(&data[..length]);
+        Self { address, is_port, size: u8::try_from(length).expect("at most 8"), data: whole }
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.data[..usize::from(self.size.min(8))]
+    }
 }
 
 /// Accesses in order, as many as one instruction makes.
@@ -119,15 +136,6 @@ impl DeviceAccesses {
     }
 }
 
-/// A read from a device that the VMM has to answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PendingRead {
-    /// IN or INS.
-    Port(DeviceAccess),
-    /// A load, by an instruction that is executed again when the answer is there.
-    Mmio(DeviceAccess),
-}
-
 /// Everything that a CPU is, apart from memory and devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct State {
@@ -151,8 +159,8 @@ pub struct State {
     pub instructions: u64,
     /// State of the generator behind RDRAND and RDSEED.
     pub random: u64,
-    /// A read that the VMM has to answer before the CPU goes on.
-    pub pending_read: Option<PendingRead>,
+    /// A read that the VMM has to answer before the CPU goes on; the instruction is then executed again.
+    pub pending_read: Option<DeviceAccess>,
     /// Answers to reads of the instruction at RIP, which is executed again.
     pub answers: DeviceAccesses,
     /// Writes to devices that the last instruction made and the VMM has not been told of.

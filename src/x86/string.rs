@@ -8,8 +8,9 @@ use super::flags::{self, DF, ZF};
 use super::operand::{Address, Machine, Step};
 use crate::registers::{RAX, RCX, RDI, RSI};
 
-/// The most iterations of one step.
-const CHUNK: u64 = 1024;
+/// A step ends where the count of what is left is a multiple of this: the number of steps that an instruction takes then
+/// does not depend on how it is executed.
+pub(super) const CHUNK: u64 = 4096;
 /// The most bytes that MOVS and STOS handle with one access.
 const BLOCK: usize = 512;
 /// Pages are where an access may begin to fault.
@@ -94,7 +95,8 @@ pub(super) fn execute(m: &mut Machine) -> Step<bool> {
     Ok(true)
 }
 
-/// Executes up to [`CHUNK`] iterations. A fault in a later iteration shows when the instruction is stepped again.
+/// Executes iterations up to the next multiple of [`CHUNK`]. A fault in a later iteration shows when the instruction is
+/// stepped again; the count then is no multiple.
 fn repeat(m: &mut Machine, operation: &Operation) -> Step {
     let mut done = 0;
     loop {
@@ -102,10 +104,10 @@ fn repeat(m: &mut Machine, operation: &Operation) -> Step {
         if left == 0 || done > 0 && operation.is_settled(m) {
             return Ok(());
         }
-        if done >= CHUNK {
+        if done > 0 && left.is_multiple_of(CHUNK) {
             break;
         }
-        let mut count = operation.block(m, left);
+        let mut count = operation.block(m, (left - 1) % CHUNK + 1);
         if count == 0 {
             match operation.element(m) {
                 Err(_) if done > 0 => break,

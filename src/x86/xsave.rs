@@ -8,7 +8,8 @@ use super::Outcome;
 use super::flags::flag;
 use super::fpu_environment::set_control_and_status;
 use super::operand::{Address, Machine, Step};
-use super::sse::{CR0_EM, MXCSR_VALID};
+use super::sse::CR0_EM;
+use super::vector_call::MXCSR_VALID;
 use crate::registers::{CR0_TS, CR4_OSXSAVE, FpuState, RAX, RDX};
 
 /// Bytes of the FXSAVE area.
@@ -50,8 +51,12 @@ pub(super) fn execute(m: &mut Machine) -> Step<bool> {
         M::Xsaveopt64 => xsave(m, true, Format::Optimised)?,
         M::Xsavec => xsave(m, false, Format::Compacted)?,
         M::Xsavec64 => xsave(m, true, Format::Compacted)?,
-        M::Xrstor => xrstor(m, false)?,
-        M::Xrstor64 => xrstor(m, true)?,
+        M::Xsaves => xsave_supervisor(m, false)?,
+        M::Xsaves64 => xsave_supervisor(m, true)?,
+        M::Xrstor => xrstor(m, false, false)?,
+        M::Xrstor64 => xrstor(m, true, false)?,
+        M::Xrstors => xrstor_supervisor(m, false)?,
+        M::Xrstors64 => xrstor_supervisor(m, true)?,
         _ => return Ok(false),
     }
     Ok(true)
@@ -235,12 +240,32 @@ fn header(m: &Machine, area: &[u8]) -> Step<Header> {
     if is_valid { Ok(Header { present, is_compacted }) } else { Err(Outcome::fault_zero(13)) }
 }
 
-fn xrstor(m: &mut Machine, is_wide: bool) -> Step {
+/// Raises #GP outside ring 0. IA32_XSS is 0, so that the supervisor's forms know no more components than the others.
+fn check_supervisor(m: &Machine) -> Step {
+    if m.cpu.system.cs.selector & 3 == 0 { Ok(()) } else { Err(Outcome::fault_zero(13)) }
+}
+
+fn xsave_supervisor(m: &mut Machine, is_wide: bool) -> Step {
+    xsave_address(m)?;
+    check_supervisor(m)?;
+    xsave(m, is_wide, Format::Compacted)
+}
+
+fn xrstor_supervisor(m: &mut Machine, is_wide: bool) -> Step {
+    xsave_address(m)?;
+    check_supervisor(m)?;
+    xrstor(m, is_wide, true)
+}
+
+fn xrstor(m: &mut Machine, is_wide: bool, is_supervisor: bool) -> Step {
     let address = xsave_address(m)?;
     let requested = requested(m)?;
     let mut area = [0; WHOLE];
     m.load_bytes(address, &mut area[..WITH_HEADER])?;
     let header = header(m, &area)?;
+    if is_supervisor && !header.is_compacted {
+        return Err(Outcome::fault_zero(13));
+    }
     let loaded = requested & header.present;
     if loaded & AVX != 0 {
         let upper = Address { linear: address.linear.wrapping_add(WITH_HEADER as u64), ..address };

@@ -53,7 +53,27 @@ def missing(reason: str, requirement: str) -> NoReturn:
     pytest.skip(reason)
 
 
-# KVM.
+# Back ends.
+
+BACKENDS = ("kvm", "soft")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that is marked ``vm`` on each back end, or on the one that ``UHYVE_BACKEND`` names."""
+    if metafunc.definition.get_closest_marker("vm"):
+        chosen = os.environ.get("UHYVE_BACKEND")
+        metafunc.fixturenames.insert(0, "backend")
+        metafunc.parametrize("backend", [chosen] if chosen else BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The back end that ``"auto"`` stands for in this test, in its child processes too."""
+    name: str = request.param
+    if name == "kvm" and (problem := _kvm_problem()):
+        missing(problem, "UHYVE_REQUIRE_KVM")
+    monkeypatch.setenv("UHYVE_BACKEND", name)
+    return name
 
 
 @functools.cache
@@ -71,27 +91,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing(problem, "UHYVE_REQUIRE_KVM")
 
 
-@pytest.fixture(scope="session")
-def capabilities() -> dict[str, Any]:
-    """What KVM does on this machine, as `probe_kvm` found out."""
-    if problem := _kvm_problem():
-        missing(problem, "UHYVE_REQUIRE_KVM")
-    return uhyve._core.probe_kvm()
+@pytest.fixture
+def capabilities(backend: str) -> dict[str, Any]:
+    """What the back end can do on this machine."""
+    return uhyve._core.probe_soft() if backend == "soft" else uhyve._core.probe_kvm()
 
 
-@pytest.fixture(scope="session")
-def kvm_kind(capabilities: dict[str, Any]) -> str:
-    """``"hardware"``, or ``"PVM"`` where ring 0 is emulated, at some million instructions a second."""
+@pytest.fixture
+def cpu_kind(backend: str, capabilities: dict[str, Any]) -> str:
+    """``"soft"``; of KVM ``"hardware"``, or ``"PVM"``, which emulates ring 0 at some million instructions a second."""
+    if backend == "soft":
+        return "soft"
     return "hardware" if capabilities["native_ring0"] else "PVM"
 
 
-@pytest.fixture(scope="session")
-def shutdown_keeps_registers() -> bool:
+@pytest.fixture
+def shutdown_keeps_registers(backend: str) -> bool:
     """Whether a vCPU after a triple fault still has its registers.
 
     On AMD's SVM they are undefined then (AMD64 manual, volume 2, 15.14.3), and KVM resets the vCPU.
     """
-    return not Path("/sys/module/kvm_amd").exists()
+    return backend == "soft" or not Path("/sys/module/kvm_amd").exists()
 
 
 # Guests and images.
@@ -205,7 +225,7 @@ def no_leftovers(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[s
         return sorted(name for number, name in vm_threads().items() if number not in before)
 
     yield own
-    if request.node.get_closest_marker("kvm"):
+    if request.node.get_closest_marker("vm"):
         poll(lambda: not own(), timeout=2)
         assert own() == [], "threads of a VM outlive the test"
 

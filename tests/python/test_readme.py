@@ -24,8 +24,10 @@ EXPECTED = {
     "log::__private_api_log": "41 calls of log::__private_api_log until exit code 0",
     "on_request": "after 7 requests",
 }
+SERVED = [block for block in BLOCKS if "serve_gdb" in block]
+SESSIONS = re.findall(r"```\n((?:\(gdb\) .*\n)+)```", README)
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 
 @pytest.fixture
@@ -43,11 +45,12 @@ def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_readme_has_the_blocks_that_are_expected() -> None:
-    assert len(BLOCKS) == len(EXPECTED)
+    assert len(BLOCKS) == len(EXPECTED) + len(SERVED)
+    assert len(SERVED) == len(SESSIONS) == 1
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block not in SERVED])
 def test_readme_script_runs_and_prints_what_it_says(block: str, folder: Path) -> None:
     [expected] = [text for key, text in EXPECTED.items() if key in block]
 
@@ -55,6 +58,26 @@ def test_readme_script_runs_and_prints_what_it_says(block: str, folder: Path) ->
 
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout
+
+
+def test_readme_gdb_session_runs_beside_its_script(folder: Path) -> None:
+    script = subprocess.Popen([sys.executable, "-c", SERVED[0]], cwd=folder, stdout=subprocess.PIPE, text=True)
+    try:
+        assert script.stdout is not None
+        address = script.stdout.readline().split()[-1]
+        lines = [line.removeprefix("(gdb) ").replace("127.0.0.1:6677", address) for line in SESSIONS[0].splitlines()]
+        words = [word for line in ["set debuginfod enabled off", *lines] for word in ("-ex", line)]
+
+        gdb = run(folder, ["gdb", "-q", "-nx", "-batch", *words])
+        output, _ = script.communicate(timeout=60)
+    finally:
+        script.kill()
+        script.wait()
+
+    assert "handle_request (id=id@entry=4, size=size@entry=4000)" in gdb.stdout
+    assert "1 skipped" in gdb.stdout + gdb.stderr
+    assert "exited normally" in gdb.stdout
+    assert output.strip() == "0"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

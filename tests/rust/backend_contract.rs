@@ -186,13 +186,13 @@ fn test_out_has_its_port_size_and_value_and_is_completed_without_another_instruc
 fn test_in_takes_what_is_put_there_and_completing_makes_registers_true() {
     // in al, 0x60; in eax, dx
     on_each(&[0xe4, 0x60, 0xed], |guest| {
-        let mut guest = guest.with(&[(RAX, u64::MAX), (RDX, 0x70)]);
+        let mut guest = guest.with(&[(RAX, u64::MAX), (RDX, 0x74)]);
         assert_eq!(guest.run(), Exit::IoIn { port: 0x60, size: 1, count: 1 });
         guest.vcpu.io_data().copy_from_slice(&[0x5a]);
         assert_eq!(guest.vcpu.complete_io().unwrap(), None);
         let registers = guest.registers();
         assert_eq!((registers.general[RAX], registers.rip), (0xffff_ffff_ffff_ff5a, CODE + 2));
-        assert_eq!(guest.run(), Exit::IoIn { port: 0x70, size: 4, count: 1 });
+        assert_eq!(guest.run(), Exit::IoIn { port: 0x74, size: 4, count: 1 });
         guest.vcpu.io_data().copy_from_slice(&0xdead_beefu32.to_le_bytes());
         // Without complete_io: the next run does it.
         guest.runs_to_its_end();

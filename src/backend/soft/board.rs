@@ -56,8 +56,7 @@ impl Board {
     }
 
     fn offset_in_apic(&self, vcpu: usize, address: u64) -> Option<u64> {
-        let window = self.apics[vcpu].window()?;
-        address.checked_sub(window).filter(|offset| *offset < PAGE)
+        address.checked_sub(self.apics[vcpu].page()).filter(|offset| *offset < PAGE)
     }
 
     fn offset_in_io_apic(address: u64) -> Option<u64> {
@@ -73,7 +72,11 @@ impl Board {
     pub fn read_memory(&mut self, vcpu: usize, address: u64, moment: Moment, data: &mut [u8]) -> bool {
         self.advance(moment.now);
         if let Some(offset) = self.offset_in_apic(vcpu, address) {
-            self.apics[vcpu].read_memory(offset, moment.now, data);
+            match self.apics[vcpu].window() {
+                Some(_) => self.apics[vcpu].read_memory(offset, moment.now, data),
+                // In x2APIC mode nobody answers there, and kernels look all the same.
+                None => data.fill(0xff),
+            }
         } else if let Some(offset) = Self::offset_in_io_apic(address) {
             self.io_apic.read(offset, data);
         } else {
@@ -86,8 +89,10 @@ impl Board {
     pub fn write_memory(&mut self, vcpu: usize, address: u64, moment: Moment, data: &[u8]) -> bool {
         self.advance(moment.now);
         if let Some(offset) = self.offset_in_apic(vcpu, address) {
-            let effect = self.apics[vcpu].write_memory(offset, moment, data);
-            self.apply(vcpu, effect);
+            if self.apics[vcpu].window().is_some() {
+                let effect = self.apics[vcpu].write_memory(offset, moment, data);
+                self.apply(vcpu, effect);
+            }
         } else if let Some(offset) = Self::offset_in_io_apic(address) {
             if let Some(message) = self.io_apic.write(offset, data) {
                 self.route(&message, None);
@@ -367,6 +372,17 @@ mod tests {
         assert_eq!((board.apic(0).next_wake(), board.apic(1).next_wake()), (Some(2100), None));
         write(&mut board, 0, APIC + 0x320, 0x3_0040);
         assert_eq!(board.apic(0).next_wake(), None);
+    }
+
+    #[test]
+    fn test_page_of_an_apic_in_x2apic_mode_is_a_hole() {
+        let mut board = board(1);
+        let base = board.apic(0).base();
+        board.write_msr(0, IA32_APIC_BASE, base | 0x400, NOW).unwrap();
+        let mut data = [0; 4];
+        write(&mut board, 0, APIC + 0x80, 0x20);
+        assert!(board.read_memory(0, APIC + 0x80, NOW, &mut data));
+        assert_eq!((data, board.apic(0).cr8()), ([0xff; 4], 0));
     }
 
     #[test]

@@ -179,6 +179,11 @@ impl LocalApic {
         (self.is_enabled() && !self.is_x2apic()).then_some(self.base & BASE_ADDRESS)
     }
 
+    /// Guest-physical address of that page, whether registers are in it now or not.
+    pub fn page(&self) -> u64 {
+        self.base & BASE_ADDRESS
+    }
+
     /// How messages reach it.
     pub fn address(&self) -> Address {
         Address { id: self.id, logical: self.ldr, format: self.dfr, is_x2apic: self.is_x2apic() }

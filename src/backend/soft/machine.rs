@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use super::board::{Board, Interrupt};
 use super::clock::{Clock, ClockKind};
@@ -29,8 +30,26 @@ pub struct SoftOptions {
     pub epoch: u64,
 }
 
+/// So long the others wait for a vCPU whose turn it is and whose thread answers an exit: a host call that lasts longer
+/// (the terminal, a FIFO) does not hold them up.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// So long they wait for one whose thread has stepped aside.
+const LITTLE_PATIENCE: Duration = Duration::from_millis(10);
+
+/// Where a vCPU's thread is, as far as others have to know.
+#[derive(Debug, Clone, Copy)]
+struct Visit {
+    /// How often it has come to take its turn.
+    count: u64,
+    /// It executes guest code.
+    is_inside: bool,
+    /// How long the others wait for it while it does not.
+    patience: Duration,
+}
+
 /// The part behind the lock.
 pub(super) struct Inner {
+    visits: Vec<Visit>,
     pub(super) board: Board,
     pub(super) clock: Clock,
     pub(super) schedule: Schedule,
@@ -61,7 +80,7 @@ impl Inner {
 
     /// Gives the turn to a vCPU that can run. If all sleep, time goes on to the next timer that wakes one: at once if it
     /// is virtual, else how long to wait for it is given back. `Err(None)`: no timer wakes anybody.
-    fn settle(&mut self) -> Result<(), Option<std::time::Duration>> {
+    fn settle(&mut self) -> Result<(), Option<Duration>> {
         let mut pit_has_fired = false;
         loop {
             self.advance();
@@ -76,6 +95,24 @@ impl Inner {
             pit_has_fired |= Some(next) == pit;
             if let Some(wait) = self.clock.idle_until(next) {
                 return Err(Some(wait));
+            }
+        }
+    }
+
+    /// Whether the vCPU whose turn it is has been outside for longer than the others wait. `seen` is what the caller
+    /// has found the last time.
+    fn is_overdue(&self, seen: &mut Option<(usize, u64, Instant)>) -> bool {
+        let holder = self.schedule.holder();
+        let visit = &self.visits[holder];
+        if visit.is_inside || visit.count == 0 {
+            *seen = None;
+            return false;
+        }
+        match seen {
+            Some((vcpu, count, since)) if (*vcpu, *count) == (holder, visit.count) => since.elapsed() >= visit.patience,
+            _ => {
+                *seen = Some((holder, visit.count, Instant::now()));
+                false
             }
         }
     }
@@ -109,15 +146,15 @@ pub(super) struct Shared {
 pub(super) enum Pause {
     /// Something has to be looked at.
     Slice,
-    /// It can't go on before another vCPU has had a turn.
-    Yield,
     /// It sleeps until an interrupt comes.
     Halt(Halt),
 }
 
 impl Shared {
     pub(super) fn new(cpus: u32, has_pit: bool, options: &SoftOptions) -> Self {
+        let visit = Visit { count: 0, is_inside: false, patience: PATIENCE };
         let inner = Inner {
+            visits: vec![visit; cpus as usize],
             board: Board::new(cpus, has_pit, options.epoch),
             clock: Clock::new(options.clock),
             schedule: Schedule::new(cpus, options.quantum, options.seed),
@@ -153,6 +190,7 @@ impl Shared {
     pub(super) fn take_turn(&self, vcpu: usize) -> Option<MutexGuard<'_, Inner>> {
         let mut inner = self.lock();
         inner.schedule.set_present(vcpu, true);
+        let mut seen = None;
         loop {
             if self.take_kick(vcpu) {
                 inner.schedule.set_waiting(vcpu, false);
@@ -164,6 +202,8 @@ impl Shared {
             if settled.is_ok() && holder == vcpu {
                 inner.schedule.set_waiting(vcpu, false);
                 inner.schedule.set_halt(vcpu, None);
+                let visit = &mut inner.visits[vcpu];
+                *visit = Visit { count: visit.count + 1, is_inside: true, patience: PATIENCE };
                 return Some(inner);
             }
             if settled.is_ok() && holder != before {
@@ -172,26 +212,39 @@ impl Shared {
             inner.schedule.set_waiting(vcpu, true);
             let turn = &self.turns[vcpu];
             inner = match settled {
+                Err(None) => turn.wait(inner).unwrap_or_else(|e| e.into_inner()),
                 Err(Some(wait)) => turn.wait_timeout(inner, wait).unwrap_or_else(|e| e.into_inner()).0,
-                _ => turn.wait(inner).unwrap_or_else(|e| e.into_inner()),
+                Ok(()) => {
+                    if inner.is_overdue(&mut seen) {
+                        inner.schedule.set_present(holder, false);
+                        continue;
+                    }
+                    turn.wait_timeout(inner, LITTLE_PATIENCE).unwrap_or_else(|e| e.into_inner()).0
+                }
             };
         }
     }
 
-    /// The vCPU whose turn it is has executed so many instructions, and keeps its turn.
-    pub(super) fn count(&self, instructions: u64) {
-        if instructions > 0 {
-            self.lock().count(instructions);
-        }
+    /// The vCPU whose turn it is has executed so many instructions, and keeps its turn while its thread is outside.
+    pub(super) fn go_outside(&self, vcpu: usize, instructions: u64) {
+        let mut inner = self.lock();
+        inner.count(instructions);
+        inner.visits[vcpu].is_inside = false;
+    }
+
+    /// The vCPU's thread, which is outside, may be there for long.
+    pub(super) fn step_aside(&self, vcpu: usize) {
+        self.lock().visits[vcpu].patience = LITTLE_PATIENCE;
     }
 
     /// The vCPU whose turn it is has executed so many instructions, and stops for a reason.
     pub(super) fn end_slice(&self, vcpu: usize, instructions: u64, pause: Pause) {
         let mut inner = self.lock();
         inner.count(instructions);
+        inner.visits[vcpu].is_inside = false;
         match pause {
             Pause::Slice if inner.schedule.left() > 0 => return,
-            Pause::Slice | Pause::Yield => {}
+            Pause::Slice => {}
             Pause::Halt(halt) => inner.schedule.set_halt(vcpu, Some(halt)),
         }
         inner.advance();
@@ -232,7 +285,6 @@ impl Shared {
 mod tests {
     use super::*;
     use std::sync::Arc;
-    use std::time::{Duration, Instant};
 
     fn shared(cpus: u32, clock: ClockKind) -> Arc<Shared> {
         let shared = Shared::new(cpus, false, &SoftOptions { quantum: 100, clock, ..SoftOptions::default() });
@@ -347,6 +399,23 @@ mod tests {
         waiting.join().unwrap();
         shared.resume(&|n| n == 0);
         drop(shared.take_turn(0).unwrap());
+    }
+
+    #[test]
+    fn test_vcpu_that_stepped_aside_is_waited_for_a_little_and_has_its_turn_again() {
+        let shared = shared(2, ClockKind::Virtual);
+        let before = Instant::now();
+        drop(shared.take_turn(0).unwrap());
+        shared.go_outside(0, 1);
+        shared.step_aside(0);
+        drop(shared.take_turn(1).unwrap());
+        assert!(before.elapsed() >= LITTLE_PATIENCE && before.elapsed() < PATIENCE);
+        let other = shared.clone();
+        let waiting = std::thread::spawn(move || drop(other.take_turn(0).unwrap()));
+        std::thread::sleep(LITTLE_PATIENCE);
+        assert!(!waiting.is_finished(), "it is vCPU 1's turn now");
+        shared.end_slice(1, 1000, Pause::Slice);
+        waiting.join().unwrap();
     }
 
     #[test]

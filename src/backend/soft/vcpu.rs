@@ -10,8 +10,8 @@ use super::wires::Wires;
 use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::registers::{FpuState, RFLAGS_IF, Registers, SystemRegisters};
-use crate::x86::{Cpu, CpuExit, DebugOptions, Fault, WatchKind, Watchpoint};
+use crate::registers::{CR0_PE, CR0_PG, FpuState, RFLAGS_IF, Registers, SystemRegisters};
+use crate::x86::{Cpu, CpuExit, DebugOptions, Fault, State, WatchKind, Watchpoint};
 
 /// The vector of non-maskable interrupts.
 const NMI: u8 = 2;
@@ -76,7 +76,7 @@ impl SoftVcpu {
     /// HLT, or a CPU that is still asleep.
     fn halted(&mut self, executed: u64) -> Option<Exit> {
         if self.debug.single_step && (executed > 0 || self.debug.block_interrupts) {
-            self.shared.count(executed);
+            self.shared.go_outside(self.vcpu, executed);
             let pc = self.cpu.registers().rip;
             return Some(if executed > 0 {
                 Exit::Debug(DebugEvent { single_step: true, ..quiet(pc) })
@@ -188,6 +188,17 @@ fn is_canonical(address: u64) -> bool {
     matches!(address >> 47, 0 | 0x1_ffff)
 }
 
+/// Whether a CPU can have these control registers (Intel SDM 3A, 2.5, and EFER's bits in 2.2.1).
+fn is_valid(registers: &SystemRegisters) -> bool {
+    /// VME to SMXE, PCIDE, OSXSAVE, SMEP, SMAP, PKE.
+    const CR4: u64 = 0x0077_7fff;
+    /// SCE, LME, LMA, NXE.
+    const EFER: u64 = 0xd01;
+    let SystemRegisters { cr0, cr4, efer, .. } = *registers;
+    let is_paging = cr0 & CR0_PG != 0;
+    cr0 >> 32 == 0 && (!is_paging || cr0 & CR0_PE != 0) && cr4 & !CR4 == 0 && efer & !EFER == 0
+}
+
 /// IA32_LSTAR, IA32_CSTAR, the bases of FS and GS, and what SWAPGS exchanges: addresses.
 fn holds_address(index: u32) -> bool {
     matches!(index, 0xc000_0082 | 0xc000_0083 | 0xc000_0100..=0xc000_0102)
@@ -213,6 +224,10 @@ impl Vcpu for SoftVcpu {
         self.shared.leave(self.vcpu);
     }
 
+    fn step_aside(&mut self) {
+        self.shared.step_aside(self.vcpu);
+    }
+
     fn run(&mut self) -> Result<Exit> {
         loop {
             let Some((exit, executed)) = self.slice() else { return Ok(Exit::Interrupted) };
@@ -224,13 +239,13 @@ impl Vcpu for SoftVcpu {
                 }
                 CpuExit::Budget | CpuExit::Platform => self.shared.end_slice(self.vcpu, executed, Pause::Slice),
                 CpuExit::Interrupted => {
-                    self.shared.count(executed);
+                    self.shared.go_outside(self.vcpu, executed);
                     if self.shared.take_kick(self.vcpu) {
                         return Ok(Exit::Interrupted);
                     }
                 }
                 other => {
-                    self.shared.count(executed);
+                    self.shared.go_outside(self.vcpu, executed);
                     return Ok(self.exit(other).expect("all others are for the VMM"));
                 }
             }
@@ -262,6 +277,10 @@ impl Vcpu for SoftVcpu {
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        if !is_valid(registers) {
+            let text = "the CPU refuses these system registers";
+            return Err(Error::Hypervisor { call: "set_system_registers", source: std::io::Error::other(text) });
+        }
         let mut inner = self.shared.lock();
         let apic = inner.board.apic_mut(self.vcpu);
         apic.set_cr8(registers.cr8);
@@ -306,6 +325,10 @@ impl Vcpu for SoftVcpu {
         Ok(self.cpu.xcr0())
     }
 
+    fn instructions(&mut self) -> Option<u64> {
+        Some(self.cpu.instructions())
+    }
+
     fn tsc_khz(&self) -> Option<u32> {
         Some(TSC_KHZ)
     }
@@ -330,7 +353,9 @@ impl Vcpu for SoftVcpu {
     }
 
     fn halt(&mut self) -> Result<()> {
-        self.cpu.set_halted(true);
+        // HLT is behind the instruction whose interrupts STI holds off; a shadow that stays would keep it asleep.
+        let state = State { halted: true, interrupt_shadow: false, ..self.cpu.snapshot() };
+        self.cpu.restore(&state);
         Ok(())
     }
 

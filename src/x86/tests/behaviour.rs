@@ -109,8 +109,8 @@ fn test_sse_disabled_or_misaligned_faults() {
     assert_eq!(step_bytes(&mut cpu, &mut memory, &[0xd9, 0xee]), Outcome::fault(7));
     cpu.system.cr4 &= !CR4_OSFXSR;
     assert_eq!(step_bytes(&mut cpu, &mut memory, &xorps), Outcome::fault(6));
-    // vaddps ymm0, ymm0, ymm0
-    assert_eq!(step_bytes(&mut cpu, &mut memory, &[0xc5, 0xfc, 0x58, 0xc0]), Outcome::Unsupported);
+    // vaddps ymm0, ymm0, ymm0, before XCR0 enables AVX
+    assert_eq!(step_bytes(&mut cpu, &mut memory, &[0xc5, 0xfc, 0x58, 0xc0]), Outcome::fault(6));
 }
 
 #[test]

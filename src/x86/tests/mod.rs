@@ -4,8 +4,13 @@
 
 mod behaviour;
 mod compare;
+mod differential;
+mod inventory;
+mod machine;
 mod native;
 mod random;
+mod system;
+mod vectors;
 
 use super::{Bus, BusError, MAX_LENGTH};
 

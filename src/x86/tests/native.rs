@@ -13,10 +13,19 @@ pub(super) const SCRATCH: usize = 4096;
 const STATE: usize = 4096;
 /// Where the scratch area begins.
 const SCRATCH_AT: usize = 8192;
-/// Offsets in the state page: registers, flags, the host's stack, the way back, and the FXSAVE areas.
+/// Where the way back is, from the code page: after the longest instruction, and for one that traps.
+const BACK_AT: usize = 64;
+/// Offsets in the state page: registers, flags, the host's stack, the way back, the components that XSAVE saves, and
+/// the XSAVE areas of the guest and (at 2048) the host.
 const RFLAGS_AT: usize = 128;
 const RETURN_AT: usize = 144;
+const COMPONENTS_AT: usize = 160;
+const TRAPPED_AT: usize = 168;
 const GUEST_AT: usize = 256;
+/// Bytes of an XSAVE area with AVX, and where in it the header and the upper halves are.
+const AREA: usize = 832;
+const HEADER_AT: usize = 512;
+const UPPER_AT: usize = 576;
 
 pub(super) struct Native {
     page: *mut u8,
@@ -24,6 +33,7 @@ pub(super) struct Native {
 
 impl Native {
     pub fn new() -> Self {
+        install_handler();
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let protection = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
@@ -58,7 +68,7 @@ impl Native {
         u64::from_le_bytes(self.get(at, 8).try_into().unwrap())
     }
 
-    /// Writes the code: load RDI, the instruction, store RAX, RAX = state page, go back.
+    /// Writes the code: load RDI, the instruction, NOPs, store RAX, RAX = state page, go back.
     fn assemble(&mut self, instruction: &[u8]) {
         let mut code = Vec::new();
         let relative = |code: &mut Vec<u8>, opcode: &[u8], target: usize| {
@@ -68,21 +78,26 @@ impl Native {
         };
         relative(&mut code, &[0x48, 0x8b, 0x3d], STATE + 56);
         code.extend_from_slice(instruction);
+        code.resize(BACK_AT, 0x90);
         relative(&mut code, &[0x48, 0x89, 0x05], STATE);
         relative(&mut code, &[0x48, 0x8d, 0x05], STATE);
         relative(&mut code, &[0xff, 0x25], STATE + RETURN_AT);
         self.put(0, &code);
     }
 
-    /// Executes the instruction and returns the registers afterwards; RIP is left alone.
-    pub fn run(&mut self, before: &CpuState, instruction: &[u8], memory: &mut [u8]) -> CpuState {
+    /// Executes the instruction and returns the registers afterwards, and whether it raised an SSE exception; RIP is
+    /// left alone.
+    pub fn run(&mut self, before: &CpuState, instruction: &[u8], memory: &mut [u8]) -> (CpuState, bool) {
         self.assemble(instruction);
         self.put(SCRATCH_AT, memory);
         for (i, value) in before.registers.general.iter().enumerate() {
             self.put(STATE + 8 * i, &value.to_le_bytes());
         }
         self.put(STATE + RFLAGS_AT, &before.registers.rflags.to_le_bytes());
-        self.put(STATE + GUEST_AT, &image(&before.fpu));
+        let components = if has_avx() { 7 } else { 3 };
+        self.put(STATE + COMPONENTS_AT, &[components, 0, 0, 0]);
+        self.put(STATE + TRAPPED_AT, &[0]);
+        self.put(STATE + GUEST_AT, &image(before, components));
         // SAFETY: the instruction is one that ends at its own end, touches the scratch area only, and leaves state that
         // is saved and restored here alone. All registers are restored or declared.
         unsafe { enter(self.page, self.page.add(STATE)) };
@@ -93,8 +108,39 @@ impl Native {
             rip: before.registers.rip,
             rflags: self.word(STATE + RFLAGS_AT),
         };
-        after.fpu = state(self.get(STATE + GUEST_AT, 512));
-        after
+        let area = self.get(STATE + GUEST_AT, AREA);
+        after.fpu = state(area);
+        if has_avx() {
+            after.ymm_high = vectors(area, UPPER_AT);
+        }
+        (after, self.get(STATE + TRAPPED_AT, 1)[0] != 0)
+    }
+}
+
+/// Makes SIGFPE in an instruction of ours go to the way back, with a note that it came.
+fn install_handler() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: an all-zero sigaction is a valid value to fill in, and the handler does what a handler may.
+        let result = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_sigfpe as *const () as usize;
+            // The guest's stack is memory that is compared; every thread of Rust's has another one for signals.
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigaction(libc::SIGFPE, &raw const action, std::ptr::null_mut())
+        };
+        assert_eq!(result, 0);
+    });
+}
+
+extern "C" fn on_sigfpe(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::ucontext_t) {
+    // SAFETY: the kernel passes a valid context. Only instructions of ours raise the signal; they stand in a code page
+    // with a state page after it.
+    unsafe {
+        let rip = &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize];
+        let page = *rip & !0xfff;
+        *((page + (STATE + TRAPPED_AT) as i64) as *mut u8) = 1;
+        *rip = page + BACK_AT as i64;
     }
 }
 
@@ -105,21 +151,31 @@ impl Drop for Native {
     }
 }
 
-fn image(fpu: &FpuState) -> [u8; 512] {
-    let mut area = [0; 512];
-    put_x87(&mut area, fpu, true);
-    area[24..28].copy_from_slice(&fpu.mxcsr.to_le_bytes());
-    for (i, vector) in fpu.xmm.iter().enumerate() {
-        area[160 + 16 * i..176 + 16 * i].copy_from_slice(&vector.to_le_bytes());
+fn has_avx() -> bool {
+    std::is_x86_feature_detected!("avx")
+}
+
+fn image(cpu: &CpuState, components: u8) -> [u8; AREA] {
+    let mut area = [0; AREA];
+    put_x87(&mut area, &cpu.fpu, true);
+    area[24..28].copy_from_slice(&cpu.fpu.mxcsr.to_le_bytes());
+    area[HEADER_AT] = components;
+    for i in 0..16 {
+        area[160 + 16 * i..176 + 16 * i].copy_from_slice(&cpu.fpu.xmm[i].to_le_bytes());
+        area[UPPER_AT + 16 * i..][..16].copy_from_slice(&cpu.ymm_high[i].to_le_bytes());
     }
     area
+}
+
+fn vectors(area: &[u8], at: usize) -> [u128; 16] {
+    std::array::from_fn(|i| u128::from_le_bytes(area[at + 16 * i..][..16].try_into().unwrap()))
 }
 
 fn state(area: &[u8]) -> FpuState {
     let mut fpu = FpuState::default();
     get_x87(area, &mut fpu, true);
     fpu.mxcsr = u32::from_le_bytes(area[24..28].try_into().unwrap());
-    fpu.xmm = std::array::from_fn(|i| u128::from_le_bytes(area[160 + 16 * i..176 + 16 * i].try_into().unwrap()));
+    fpu.xmm = vectors(area, 160);
     fpu
 }
 
@@ -137,8 +193,10 @@ unsafe fn enter(code: *const u8, state: *mut u8) {
             "mov [rdi + 136], rsp",
             "lea rax, [rip + 2f]",
             "mov [rdi + 144], rax",
-            "fxsave64 [rdi + 1024]",
-            "fxrstor64 [rdi + 256]",
+            "mov eax, [rdi + 160]",
+            "xor edx, edx",
+            "xsave64 [rdi + 2048]",
+            "xrstor64 [rdi + 256]",
             "push qword ptr [rdi + 128]",
             "popfq",
             "mov rax, [rdi]", "mov rcx, [rdi + 8]", "mov rdx, [rdi + 16]", "mov rbx, [rdi + 24]",
@@ -154,8 +212,11 @@ unsafe fn enter(code: *const u8, state: *mut u8) {
             "mov rsp, [rax + 136]",
             "pushfq", "pop qword ptr [rax + 128]",
             "cld",
-            "fxsave64 [rax + 256]",
-            "fxrstor64 [rax + 1024]",
+            "mov rdi, rax",
+            "mov eax, [rdi + 160]",
+            "xor edx, edx",
+            "xsave64 [rdi + 256]",
+            "xrstor64 [rdi + 2048]",
             "popfq", "pop rbp", "pop rbx",
             inout("rdi") state => _, inout("rsi") code => _,
             out("rax") _, out("rcx") _, out("rdx") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,

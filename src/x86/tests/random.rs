@@ -32,7 +32,9 @@ fn check(random: &mut Random, code: &[u8]) -> Outcome {
     let mut memory = Memory::new(BASE, 4096);
     let (before, initial) = (cpu, memory.clone());
     let outcome = step_bytes(&mut cpu, &mut memory, code);
-    if !matches!(outcome, Outcome::Done | Outcome::Repeat) {
+    // A gather keeps the elements before the one that faults.
+    let is_gather = matches!(outcome, Outcome::Fault { .. }) && disassemble(code, 0).contains("gather");
+    if !matches!(outcome, Outcome::Done | Outcome::Repeat) && !is_gather {
         if outcome == Outcome::fault(19) {
             cpu.fpu.mxcsr = before.fpu.mxcsr;
         }
@@ -78,4 +80,17 @@ fn test_random_fpu_and_sse_bytes_never_panic_or_half_execute() {
         unmasked += u32::from(check(&mut random, &code) == Outcome::fault(19));
     }
     assert!(unmasked > 100, "{unmasked}");
+}
+
+#[test]
+fn test_random_avx_bytes_never_panic_or_half_execute() {
+    let mut random = Random(0xa5a5);
+    let mut done = 0;
+    for _ in 0..300_000 {
+        let mut code: [u8; 15] = std::array::from_fn(|_| random.next() as u8);
+        code[0] = 0xc4;
+        code[1] = code[1] & 0xe0 | (1 + random.below(3) as u8);
+        done += u32::from(check(&mut random, &code) == Outcome::Done);
+    }
+    assert!(done > 5_000, "{done}");
 }

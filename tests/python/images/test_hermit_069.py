@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 110
 ENVIRONMENT = {f"VARIABLE_{number}": f"value {number}" for number in range(10)}
 
 
 @pytest.fixture(autouse=True)
-def _needs_native_ring_0(kvm_kind: str) -> None:
-    if kvm_kind != "hardware":
+def _needs_native_ring_0(cpu_kind: str) -> None:
+    if cpu_kind == "PVM":
         pytest.skip("the 0.6.9 images use instructions that this KVM, which emulates ring 0, does not know")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from uhyve import Hit
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 100
 

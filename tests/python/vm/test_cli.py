@@ -16,14 +16,14 @@ import uhyve
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 60
 GREETING = b"Hello from a test guest\nand a line by the buffer\n"
 
 
 @pytest.fixture(params=["python -m uhyve", "uhyve"])
-def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path) -> Callable:
+def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path, backend: str) -> Callable:
     """``start(*words)`` starts the command, by both ways to call it, in a folder of its own and without settings."""
     if request.param == "uhyve":
         installed = Path(sys.executable).parent / "uhyve"
@@ -34,7 +34,9 @@ def start(request: pytest.FixtureRequest, spawn: Callable, tmp_path: Path) -> Ca
         prefix = [sys.executable, "-m", "uhyve"]
     folder = tmp_path / "cwd"
     folder.mkdir()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HERMIT_", "UHYVE_", "RUST_"))}
+    ours = ("HERMIT_", "UHYVE_", "RUST_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    clean["UHYVE_BACKEND"] = backend
 
     def begin(*words: object, env: dict[str, str] | None = None, **options: Any) -> Any:
         environment = clean | {"XDG_CONFIG_HOME": str(tmp_path / "config"), "COLUMNS": "200"} | (env or {})
@@ -321,7 +323,7 @@ def test_user_without_permission_for_kvm_gets_one_line_that_says_what_to_do(
     # The library and the image are read before the change of user, who may not be able to reach them.
     code = (
         "import os, sys, uhyve\n"
-        "vm = uhyve.Vm(sys.argv[1])\n"
+        "vm = uhyve.Vm(sys.argv[1], backend='kvm')\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try:\n    vm.run()\n"
         "except uhyve.HypervisorUnavailableError as error:\n    print(error)\n"
@@ -398,7 +400,9 @@ def test_help_and_version_are_on_standard_output(run: Callable) -> None:
         assert b"Usage: uhyve" in output
 
 
-def test_doctor_tells_what_this_machine_can_do(run: Callable, capabilities: dict[str, Any]) -> None:
+@pytest.mark.kvm
+def test_doctor_tells_what_this_machine_can_do(run: Callable, backend: str) -> None:
+    capabilities = uhyve._core.probe_kvm()
     status, output, errors = run("doctor", "--json")
 
     assert (status, errors) == (0, b"")

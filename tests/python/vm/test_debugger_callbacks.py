@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from uhyve import Hit
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 30
 COUNT = 40

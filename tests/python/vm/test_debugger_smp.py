@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from uhyve import Hit
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 60
 CPUS = pytest.mark.parametrize("cpus", [1, 2, 4])

@@ -11,9 +11,8 @@ from uhyve import Breakpoint, Debugger, Vm
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from typing import Any
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 30
 TRAP_FLAG = 0x100
@@ -402,7 +401,7 @@ def test_step_over_a_faulting_instruction_goes_to_the_handler(guest: Callable[..
 
 @pytest.mark.parametrize("code", [b"\x0f\x0b", b"\x48\xf7\xf1"], ids=["ud2", "div"])
 def test_step_over_an_instruction_that_faults_leaves_no_trap_flag_in_the_handlers_frame(
-    guest: Callable[..., Path], code: bytes, capabilities: dict[str, Any]
+    guest: Callable[..., Path], code: bytes, cpu_kind: str
 ) -> None:
     with Vm(guest("faults")).debug() as dbg:
         base = dbg.symbol("guest_main")
@@ -412,8 +411,8 @@ def test_step_over_an_instruction_that_faults_leaves_no_trap_flag_in_the_handler
         stop = dbg.step(timeout=LIMIT)
 
         assert stop.reason == "step"
-        # A CPU clears the trap flag when it enters the handler and restores it when that returns; PVM stops before.
-        where = "guest_main" if capabilities["native_ring0"] else "exception_"
+        # A CPU clears the trap flag when it enters the handler and restores it when that returns; others stop before.
+        where = "guest_main" if cpu_kind == "hardware" else "exception_"
         assert (dbg.symbolize(stop.pc) or "").startswith(where)
         assert dbg.registers.rflags & TRAP_FLAG == 0
         assert dbg.cont(timeout=LIMIT).reason == "exit"

@@ -44,7 +44,7 @@ def configuration(kernel: str = "kernel", more: str = "") -> bytes:
     return f'version = "1"\nkernel = "{kernel}"\n{text}'.encode()
 
 
-@pytest.mark.kvm
+@pytest.mark.vm
 @pytest.mark.parametrize("kernel", ["kernel", "./kernel", "bin/kernel", "/bin/kernel"])
 def test_archive_runs_its_kernel(guest: Callable[..., Path], tmp_path: Path, kernel: str) -> None:
     members = {"hermit.toml": configuration(kernel), kernel.lstrip("./"): guest("hello").read_bytes()}
@@ -54,7 +54,7 @@ def test_archive_runs_its_kernel(guest: Callable[..., Path], tmp_path: Path, ker
     assert (result.code, result.output[:23]) == (0, "Hello from a test guest")
 
 
-@pytest.mark.kvm
+@pytest.mark.vm
 @pytest.mark.parametrize("interface", [1, 3])
 def test_archive_passes_its_arguments_and_environment(
     guest: Callable[..., Path], tmp_path: Path, interface: int
@@ -75,7 +75,7 @@ def test_archive_passes_its_arguments_and_environment(
         assert "fdt /chosen bootargs: -k env=A=1 env=B=new env=C=4 -- other\n" in replaced
 
 
-@pytest.mark.kvm
+@pytest.mark.vm
 def test_archive_gives_its_files_to_the_guest(guest: Callable[..., Path], tmp_path: Path) -> None:
     kernel = guest("readpath", interface=3, defines=['FILE_PATH="/etc/motd"']).read_bytes()
     members = {"hermit.toml": configuration(), "kernel": kernel, "etc/motd": b"of the image\n"}
@@ -88,7 +88,7 @@ def test_archive_gives_its_files_to_the_guest(guest: Callable[..., Path], tmp_pa
     assert mapped.run(LIMIT).output == "opened\nof the user\nend of file\n"
 
 
-@pytest.mark.kvm
+@pytest.mark.vm
 def test_archive_that_asks_for_a_machine_gets_it_or_says_so(guest: Callable[..., Path], tmp_path: Path) -> None:
     more = '[requirements]\nmemory = "128 MiB"\ncpus = 2\n'
     kernel = guest("args", interface=3).read_bytes()
@@ -331,7 +331,7 @@ def test_truncation_anywhere_is_an_image_error_or_still_an_image(guest: Callable
     assert outcomes <= {"truncated", "not", "image"}, outcomes
 
 
-@pytest.mark.kvm
+@pytest.mark.vm
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_image_with_changed_bytes_never_harms_the_host(guest: Callable[..., Path], data: st.DataObject) -> None:

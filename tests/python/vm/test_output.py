@@ -15,7 +15,7 @@ from uhyve import ConfigError, GuestCrashError, TimeoutExpired, Vm, VmStateError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 60
 LINES, BUFFER = 100, 100_000

@@ -14,7 +14,7 @@ from uhyve import GuestCrashError, HypervisorError, TimeoutExpired, Vm, VmStateE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 60
 

@@ -1,0 +1,380 @@
+//! The fast executor: runs blocks of pre-decoded operations, links them, and says where it has to stop. What it can't do
+//! itself (faults, devices, system instructions) it leaves to the slow executor, at the exact instruction and with
+//! nothing of it done.
+
+use std::collections::HashSet;
+
+use super::block::{Block, Cache, Link, Op};
+use super::core::Core;
+use super::lazy::Lazy;
+use super::string::CHUNK;
+use super::translate::translate;
+use super::{Outcome, execute_family};
+use crate::memory::GuestMemory;
+use crate::registers::RCX;
+
+/// Entries of the cache for indirect jumps and returns.
+const JUMPS: usize = 4096;
+/// Entries of the cache for single instructions.
+const SINGLES: usize = 1024;
+
+/// [`Engine::regs`]: the first 16 are the general registers.
+pub(super) const REGISTERS: usize = 20;
+/// The register that is always zero.
+pub(super) const ZERO: usize = 16;
+/// The register that holds the block's address.
+pub(super) const START: usize = 17;
+/// The register that holds the base of FS.
+pub(super) const FS: usize = 18;
+/// The register that holds the base of GS.
+pub(super) const GS: usize = 19;
+
+/// Why a chain of operations ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// The next block is larger than what is left of the budget.
+    Budget,
+    /// A direct branch that is not linked: [`Engine::which`].
+    Link,
+    /// An indirect branch whose target is not in the jump cache.
+    Lookup,
+    /// The instruction at [`Engine::at`] needs the slow executor; nothing of it is done.
+    Redo,
+    /// The instruction at [`Engine::at`] is done, and the block must not go on.
+    Next,
+    /// The instruction at [`Engine::at`] is repeated, and a part of it done.
+    Again,
+    /// A breakpoint at [`Engine::at`].
+    Breakpoint,
+}
+
+/// Where an indirect jump went before.
+#[derive(Clone, Copy)]
+pub(super) struct Jump {
+    pub rip: u64,
+    pub generation: u64,
+    pub block: *mut Block,
+}
+
+const NO_JUMP: Jump = Jump { rip: 0, generation: 0, block: std::ptr::null_mut() };
+
+/// A CPU with the registers that fast operations work on.
+#[repr(C)]
+pub(super) struct Engine {
+    /// General registers and the constants behind them, while blocks run.
+    pub regs: [u64; REGISTERS],
+    /// Arithmetic flags, while blocks run.
+    pub flags: Lazy,
+    /// Instructions that may still retire after the current block.
+    pub budget: u64,
+    /// Where a block that has ended leads.
+    pub rip: u64,
+    /// The block that runs.
+    pub block: *mut Block,
+    pub at: *const Op,
+    /// The link that [`Stop::Link`] is about.
+    pub which: usize,
+    pub stop: Stop,
+    /// Everything else.
+    pub core: Core,
+    jumps: Box<[Jump; JUMPS]>,
+    singles: Box<[Jump; SINGLES]>,
+    cache: Cache,
+    breakpoints: HashSet<u64>,
+    seen_code: u64,
+}
+
+// SAFETY: the pointers are into blocks that the engine owns itself.
+unsafe impl Send for Engine {}
+
+fn boxed<const N: usize>() -> Box<[Jump; N]> {
+    vec![NO_JUMP; N].into_boxed_slice().try_into().map_err(|_| ()).expect("the length is N")
+}
+
+impl Engine {
+    pub fn new(memory: &GuestMemory) -> Self {
+        Self {
+            regs: [0; REGISTERS],
+            flags: Lazy::default(),
+            budget: 0,
+            rip: 0,
+            block: std::ptr::null_mut(),
+            at: std::ptr::null(),
+            which: 0,
+            stop: Stop::Budget,
+            core: Core::new(memory),
+            jumps: boxed(),
+            singles: boxed(),
+            cache: Cache::default(),
+            breakpoints: HashSet::new(),
+            seen_code: memory.code_lines().generation(),
+        }
+    }
+
+    /// Chooses the linear addresses before which blocks stop.
+    pub fn set_breakpoints(&mut self, breakpoints: &[u64]) {
+        let new: HashSet<u64> = breakpoints.iter().copied().collect();
+        let changed: Vec<u64> = self.breakpoints.symmetric_difference(&new).copied().collect();
+        if !changed.is_empty() {
+            self.breakpoints = new;
+            self.cache.drop_at(&changed);
+            self.core.mmu.next_generation();
+        }
+    }
+
+    /// Whether there is a breakpoint at [`Engine::rip`]: blocks of one instruction do not look.
+    fn stops_here(&self) -> bool {
+        !self.breakpoints.is_empty() && self.breakpoints.contains(&self.rip)
+    }
+
+    /// Whether there is a breakpoint.
+    pub fn has_breakpoint(&self, address: u64) -> bool {
+        self.breakpoints.contains(&address)
+    }
+
+    /// Copies the state to where fast operations have it.
+    fn load(&mut self) {
+        let core = &self.core.state.core;
+        self.regs[..16].copy_from_slice(&core.registers.general);
+        self.regs[ZERO] = 0;
+        self.regs[FS] = core.system.fs.base;
+        self.regs[GS] = core.system.gs.base;
+        self.flags = Lazy::from_flags(core.registers.rflags);
+    }
+
+    /// The other way round.
+    fn store(&mut self) {
+        let registers = &mut self.core.state.core.registers;
+        registers.general.copy_from_slice(&self.regs[..16]);
+        registers.rflags = self.flags.merge(registers.rflags);
+    }
+
+    /// Drops blocks whose code has changed since the last look.
+    fn check_code(&mut self) {
+        let lines = self.core.mmu.memory.code_lines();
+        let generation = lines.generation();
+        if generation == self.seen_code {
+            return;
+        }
+        self.seen_code = generation;
+        if self.cache.drop_changed(lines) {
+            self.core.mmu.next_generation();
+        }
+        // Pages may have got code by another CPU: their write tags go.
+        self.core.mmu.flush_data();
+    }
+
+    /// Executes up to `budget` instructions from RIP on, or until a stop that is not the engine's own business:
+    /// [`Stop::Budget`], [`Stop::Redo`] or [`Stop::Breakpoint`]. State, RIP and the count are exact afterwards.
+    pub fn run(&mut self, budget: u64) -> Stop {
+        self.check_code();
+        self.load();
+        let target = self.core.state.instructions + budget;
+        self.budget = budget;
+        self.rip = self.core.state.core.registers.rip;
+        let stop = self.run_loaded();
+        self.store();
+        self.core.state.core.registers.rip = self.rip;
+        self.core.state.instructions = target - self.budget;
+        stop
+    }
+
+    fn run_loaded(&mut self) -> Stop {
+        if self.budget == 1 && self.stops_here() {
+            return Stop::Breakpoint;
+        }
+        let mut block = if self.budget == 1 { self.find_single() } else { self.find() };
+        loop {
+            if block.is_null() {
+                return Stop::Redo;
+            }
+            // SAFETY: `find` returned it just now, so it is alive.
+            unsafe { self.chain(block) };
+            block = match self.stop {
+                Stop::Budget | Stop::Link | Stop::Lookup if self.budget == 0 => return Stop::Budget,
+                Stop::Budget if self.stops_here() => return Stop::Breakpoint,
+                Stop::Budget => self.find_single(),
+                Stop::Link => self.find_link(),
+                Stop::Lookup => self.find(),
+                Stop::Redo | Stop::Breakpoint => {
+                    self.rewind(self.at);
+                    return self.stop;
+                }
+                Stop::Again => {
+                    self.rewind(self.at);
+                    self.budget -= 1;
+                    self.check_code();
+                    if self.budget == 0 {
+                        return Stop::Budget;
+                    }
+                    self.find()
+                }
+                Stop::Next => {
+                    // SAFETY: an operation that stops this way is not the last of its block.
+                    self.rewind(unsafe { self.at.add(1) });
+                    self.check_code();
+                    if self.budget == 0 {
+                        return Stop::Budget;
+                    }
+                    self.find()
+                }
+            };
+        }
+    }
+
+    /// Sets RIP to an operation of the current block and gives back the budget of what was not executed.
+    fn rewind(&mut self, at: *const Op) {
+        // SAFETY: block and operation are alive: nothing was dropped since they ran.
+        let (block, op) = unsafe { (&*self.block, &*at) };
+        self.rip = block.rip.wrapping_add(op.at.into());
+        self.budget += block.count - u64::from(op.number);
+    }
+
+    /// Runs blocks until one does not know the next.
+    ///
+    /// # Safety
+    /// The block is alive.
+    unsafe fn chain(&mut self, mut block: *mut Block) {
+        loop {
+            // SAFETY: blocks are dropped only outside of this function, and links to dropped ones are not followed.
+            let current = unsafe { &*block };
+            if self.budget < current.count {
+                self.rip = current.rip;
+                self.stop = Stop::Budget;
+                return;
+            }
+            self.budget -= current.count;
+            self.block = block;
+            self.regs[START] = current.rip;
+            // SAFETY: the first operation of the current block.
+            block = unsafe { ((*current.first).run)(self, current.first) };
+            if block.is_null() {
+                return;
+            }
+        }
+    }
+
+    /// The block at `rip`, for an unlinked branch, which is linked.
+    fn find_link(&mut self) -> *mut Block {
+        let (from, which) = (self.block, self.which);
+        let before = self.core.mmu.generation;
+        let next = self.find();
+        if !next.is_null() && before == self.core.mmu.generation {
+            // SAFETY: no block was dropped since `from` ran, as that would have raised the generation.
+            let from = unsafe { &mut *from };
+            if !from.is_single {
+                from.links[which] = Link { block: next, generation: before };
+            }
+        }
+        next
+    }
+
+    /// The place of an address in the jump cache.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // masked
+    fn jump_slot(rip: u64) -> usize {
+        ((rip ^ rip >> 12) & (JUMPS as u64 - 1)) as usize
+    }
+
+    /// The block of an indirect branch's target, if it was found before.
+    #[inline(always)]
+    pub fn jump(&mut self, rip: u64) -> *mut Block {
+        let jump = &self.jumps[Self::jump_slot(rip)];
+        if jump.rip == rip && jump.generation == self.core.mmu.generation {
+            return jump.block;
+        }
+        self.rip = rip;
+        self.stop = Stop::Lookup;
+        std::ptr::null_mut()
+    }
+
+    /// The block at [`Engine::rip`]; null if the slow executor has to look.
+    fn find(&mut self) -> *mut Block {
+        let slot = Self::jump_slot(self.rip);
+        let known = self.jumps[slot];
+        if known.rip == self.rip && known.generation == self.core.mmu.generation {
+            return known.block;
+        }
+        let block = self.look_up(false);
+        if !block.is_null() {
+            self.jumps[slot] = Jump { rip: self.rip, generation: self.core.mmu.generation, block };
+        }
+        block
+    }
+
+    /// The block of the one instruction at [`Engine::rip`].
+    #[allow(clippy::cast_possible_truncation)] // masked
+    fn find_single(&mut self) -> *mut Block {
+        let slot = (self.rip & (SINGLES as u64 - 1)) as usize;
+        let known = self.singles[slot];
+        if known.rip == self.rip && known.generation == self.core.mmu.generation {
+            return known.block;
+        }
+        let block = self.look_up(true);
+        if !block.is_null() {
+            self.singles[slot] = Jump { rip: self.rip, generation: self.core.mmu.generation, block };
+        }
+        block
+    }
+
+    #[inline(never)]
+    fn look_up(&mut self, is_single: bool) -> *mut Block {
+        let rip = self.rip;
+        if !self.core.mmu.is_canonical(rip) {
+            return std::ptr::null_mut();
+        }
+        let Ok(physical) = self.core.mmu.translate_code(rip) else { return std::ptr::null_mut() };
+        if let Some(block) = self.cache.get(rip, physical, is_single) {
+            return block;
+        }
+        if self.cache.is_full() {
+            self.cache.clear();
+            self.core.mmu.next_generation();
+        }
+        let breakpoints = &self.breakpoints;
+        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, |at| breakpoints.contains(&at))
+        else {
+            return std::ptr::null_mut();
+        };
+        block.is_single = is_single;
+        let lines = self.core.mmu.memory.code_lines();
+        if lines.add(physical, block.length.max(1)) {
+            // Our own news; nobody else's is missed, as only one thread at a time runs CPUs of this memory.
+            self.seen_code += u64::from(lines.generation() == self.seen_code + 1);
+            self.core.mmu.forbid_writes(physical);
+        }
+        let lines = self.core.mmu.memory.code_lines();
+        self.cache.insert(block, lines)
+    }
+
+    /// Executes an instruction of the other families in the middle of a block; false if the block must stop.
+    #[inline(never)]
+    pub fn slow(&mut self, op: *const Op) -> bool {
+        // SAFETY: the operation is of the current block, and its immediate a number of that block's table.
+        let (block, op) = unsafe { (&*self.block, &*op) };
+        let decoded = &block.slow[usize::try_from(op.imm).expect("a small number")];
+        let before = self.core.mmu.memory.code_lines().generation();
+        self.store();
+        self.core.state.core.registers.rip = decoded.instruction.ip();
+        let (cpu, mut bus) = self.core.bus(None);
+        let outcome = execute_family(cpu, &mut bus, &decoded.instruction, &decoded.code[..decoded.instruction.len()]);
+        self.at = op;
+        match outcome {
+            Outcome::Done => {
+                self.load();
+                self.stop = Stop::Next;
+                before == self.core.mmu.memory.code_lines().generation()
+            }
+            Outcome::Repeat => {
+                self.load();
+                // Cut short by what the slow executor will find out, it has not retired.
+                self.stop = if self.regs[RCX].is_multiple_of(CHUNK) { Stop::Again } else { Stop::Redo };
+                false
+            }
+            _ => {
+                self.stop = Stop::Redo;
+                false
+            }
+        }
+    }
+}

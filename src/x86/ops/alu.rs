@@ -1,0 +1,396 @@
+//! Two-operand arithmetic and logic, INC, DEC, NEG, NOT, and comparisons joined with the branch that follows them.
+
+use super::super::block::{Block, Handler, Op};
+use super::super::engine::Engine;
+use super::super::lazy::Lazy;
+use super::flow::{fall_through, take};
+use super::int::Int;
+use super::{Address, Based, Indexed, next, place, redo, reg, set};
+
+/// What is computed of two operands, with its flags.
+pub(in super::super) trait Alu {
+    /// Whether the result is kept.
+    const WRITES: bool = true;
+    fn run<T: Int>(flags: &mut Lazy, a: T, b: T) -> T;
+}
+
+macro_rules! alu {
+    ($($name:ident $(: $writes:literal)?, |$flags:ident, $a:ident, $b:ident| $body:expr;)*) => {
+        $(pub(in super::super) struct $name;
+        impl Alu for $name {
+            $(const WRITES: bool = $writes;)?
+            #[inline(always)]
+            fn run<T: Int>($flags: &mut Lazy, $a: T, $b: T) -> T {
+                $body
+            }
+        })*
+    };
+}
+
+alu! {
+    Add, |flags, a, b| sum(flags, a, b, a.plus(b));
+    Adc, |flags, a, b| { let r = a.plus(b).plus(carry(flags)); sum(flags, a, b, r) };
+    Sub, |flags, a, b| difference(flags, a, b, a.minus(b));
+    Sbb, |flags, a, b| { let r = a.minus(b).minus(carry(flags)); difference(flags, a, b, r) };
+    Cmp: false, |flags, a, b| difference(flags, a, b, a.minus(b));
+    And, |flags, a, b| logic(flags, a & b);
+    Or, |flags, a, b| logic(flags, a | b);
+    Xor, |flags, a, b| logic(flags, a ^ b);
+    Test: false, |flags, a, b| logic(flags, a & b);
+}
+
+#[inline(always)]
+fn carry<T: Int>(flags: &Lazy) -> T {
+    T::cut(flags.carry().into())
+}
+
+/// Sets flags of the sum `r` of `a`, `b` and a carry.
+#[inline(always)]
+fn sum<T: Int>(flags: &mut Lazy, a: T, b: T, r: T) -> T {
+    carries(flags, (a & b) | ((a | b) & !r), r)
+}
+
+/// Sets flags of the difference `r` of `a`, `b` and a borrow.
+#[inline(always)]
+fn difference<T: Int>(flags: &mut Lazy, a: T, b: T, r: T) -> T {
+    carries(flags, (!a & b) | ((!a | b) & r), r)
+}
+
+#[inline(always)]
+fn carries<T: Int>(flags: &mut Lazy, carries: T, r: T) -> T {
+    flags.result = r.sx();
+    flags.low = carries.zx() as u32 & 8;
+    flags.high = carries.top();
+    r
+}
+
+/// Sets flags of a logical result.
+#[inline(always)]
+pub(in super::super) fn logic<T: Int>(flags: &mut Lazy, r: T) -> T {
+    *flags = Lazy { result: r.sx(), low: 0, high: 0 };
+    r
+}
+
+/// Between registers.
+unsafe fn rr<O: Alu, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let (a, b) = (reg::<T>(e, (*op).r1), reg::<T>(e, (*op).r2));
+    let r = O::run(&mut e.flags, a, b);
+    if O::WRITES {
+        set(e, (*op).r1, r);
+    }
+    next!(e, op)
+}
+
+/// The immediate, sign-extended.
+#[inline(always)]
+unsafe fn immediate<T: Int>(op: *const Op) -> T {
+    T::cut(i64::from((*op).imm).cast_unsigned())
+}
+
+/// A register and an immediate.
+unsafe fn ri<O: Alu, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).r1);
+    let r = O::run(&mut e.flags, a, immediate(op));
+    if O::WRITES {
+        set(e, (*op).r1, r);
+    }
+    next!(e, op)
+}
+
+/// A register and memory.
+unsafe fn rm<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let from = place::<T, false>(e, A::of(e, op));
+    if from.is_null() {
+        return redo(e, op);
+    }
+    let a = reg::<T>(e, (*op).r1);
+    let r = O::run(&mut e.flags, a, from.read_unaligned());
+    if O::WRITES {
+        set(e, (*op).r1, r);
+    }
+    next!(e, op)
+}
+
+/// Where a memory operand is, for what the operation does to it.
+#[inline(always)]
+unsafe fn target<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut T {
+    let address = A::of(e, op);
+    if O::WRITES { place::<T, true>(e, address) } else { place::<T, false>(e, address) }
+}
+
+/// Memory and a register.
+unsafe fn mr<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let at = target::<O, T, A>(e, op);
+    if at.is_null() {
+        return redo(e, op);
+    }
+    let b = reg::<T>(e, (*op).r2);
+    let r = O::run(&mut e.flags, at.read_unaligned(), b);
+    if O::WRITES {
+        at.write_unaligned(r);
+    }
+    next!(e, op)
+}
+
+/// Memory and an immediate.
+unsafe fn mi<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let at = target::<O, T, A>(e, op);
+    if at.is_null() {
+        return redo(e, op);
+    }
+    let r = O::run(&mut e.flags, at.read_unaligned(), immediate(op));
+    if O::WRITES {
+        at.write_unaligned(r);
+    }
+    next!(e, op)
+}
+
+/// Where the two operands are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Form {
+    RegisterRegister,
+    RegisterImmediate,
+    RegisterMemory,
+    MemoryRegister,
+    MemoryImmediate,
+}
+
+/// Chooses a function by operand size.
+macro_rules! by_size {
+    ($size:expr, $name:ident $(, $first:ty)*; $($rest:ty),*) => {
+        match $size {
+            1 => $name::<$($first,)* u8 $(, $rest)*>,
+            2 => $name::<$($first,)* u16 $(, $rest)*>,
+            4 => $name::<$($first,)* u32 $(, $rest)*>,
+            _ => $name::<$($first,)* u64 $(, $rest)*>,
+        }
+    };
+}
+pub(in super::super) use by_size;
+
+/// The function for an operation.
+pub(in super::super) fn alu<O: Alu>(form: Form, size: usize, is_indexed: bool) -> Handler {
+    match (form, is_indexed) {
+        (Form::RegisterRegister, _) => by_size!(size, rr, O;),
+        (Form::RegisterImmediate, _) => by_size!(size, ri, O;),
+        (Form::RegisterMemory, false) => by_size!(size, rm, O; Based),
+        (Form::RegisterMemory, true) => by_size!(size, rm, O; Indexed),
+        (Form::MemoryRegister, false) => by_size!(size, mr, O; Based),
+        (Form::MemoryRegister, true) => by_size!(size, mr, O; Indexed),
+        (Form::MemoryImmediate, false) => by_size!(size, mi, O; Based),
+        (Form::MemoryImmediate, true) => by_size!(size, mi, O; Indexed),
+    }
+}
+
+/// What is computed of one operand.
+pub(in super::super) trait Unary {
+    fn run<T: Int>(flags: &mut Lazy, a: T) -> T;
+}
+
+macro_rules! unary {
+    ($($name:ident, |$flags:ident, $a:ident| $body:expr;)*) => {
+        $(pub(in super::super) struct $name;
+        impl Unary for $name {
+            #[inline(always)]
+            fn run<T: Int>($flags: &mut Lazy, $a: T) -> T {
+                $body
+            }
+        })*
+    };
+}
+
+unary! {
+    Inc, |flags, a| { let r = a.plus(T::cut(1)); keeping_carry(flags, a & !r, r) };
+    Dec, |flags, a| { let r = a.minus(T::cut(1)); keeping_carry(flags, !a & T::cut(1) | (!a | T::cut(1)) & r, r) };
+    Neg, |flags, a| difference(flags, T::cut(0), a, T::cut(0).minus(a));
+    Invert, |_flags, a| !a;
+}
+
+/// Sets all flags but CF. `out` are the carries out of each bit.
+#[inline(always)]
+fn keeping_carry<T: Int>(flags: &mut Lazy, out: T, r: T) -> T {
+    let high = out.top();
+    flags.result = r.sx();
+    // For INC the lowest carry is that of `a & 1`, which is in `a & !r`.
+    flags.low = out.zx() as u32 & 8;
+    flags.high = Lazy::of_carry(flags.high, high ^ high << 1);
+    r
+}
+
+unsafe fn unary_r<O: Unary, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).r1);
+    let r = O::run(&mut e.flags, a);
+    set(e, (*op).r1, r);
+    next!(e, op)
+}
+
+unsafe fn unary_m<O: Unary, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let at = place::<T, true>(e, Indexed::of(e, op));
+    if at.is_null() {
+        return redo(e, op);
+    }
+    let r = O::run(&mut e.flags, at.read_unaligned());
+    at.write_unaligned(r);
+    next!(e, op)
+}
+
+/// The function for an operation on a register or in memory.
+pub(in super::super) fn unary<O: Unary>(is_memory: bool, size: usize) -> Handler {
+    if is_memory { by_size!(size, unary_m, O;) } else { by_size!(size, unary_r, O;) }
+}
+
+/// Whether condition `C` holds after `a - b`. Conditions of one flag alone come from the flags.
+#[inline(always)]
+fn compares<T: Int, const C: u8>(a: T, b: T, flags: Lazy) -> bool {
+    let (signed_a, signed_b) = (a.sx().cast_signed(), b.sx().cast_signed());
+    match C {
+        2 => a < b,
+        3 => a >= b,
+        4 => a == b,
+        5 => a != b,
+        6 => a <= b,
+        7 => a > b,
+        8 => flags.result >> 63 != 0,
+        9 => flags.result >> 63 == 0,
+        12 => signed_a < signed_b,
+        13 => signed_a >= signed_b,
+        14 => signed_a <= signed_b,
+        15 => signed_a > signed_b,
+        _ => holds::<C>(flags),
+    }
+}
+
+/// Whether condition `C` (as in opcodes) holds.
+#[inline(always)]
+pub(in super::super) fn holds<const C: u8>(f: Lazy) -> bool {
+    let is_true = match C >> 1 {
+        0 => f.overflow(),
+        1 => f.carry(),
+        2 => f.zero(),
+        3 => f.carry() || f.zero(),
+        4 => f.sign(),
+        5 => f.parity(),
+        6 => f.sign() != f.overflow(),
+        _ => f.zero() || f.sign() != f.overflow(),
+    };
+    is_true != (C & 1 != 0)
+}
+
+/// Ends a block with a branch to [`Op::disp`].
+#[inline(always)]
+pub(in super::super) unsafe fn branch(e: &mut Engine, op: *const Op, is_taken: bool) -> *mut Block {
+    if is_taken { take(e, (*op).disp) } else { fall_through(e) }
+}
+
+unsafe fn cmp_rr<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let (a, b) = (reg::<T>(e, (*op).r1), reg::<T>(e, (*op).r2));
+    Cmp::run(&mut e.flags, a, b);
+    let is_taken = compares::<T, C>(a, b, e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn cmp_ri<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let (a, b) = (reg::<T>(e, (*op).r1), immediate::<T>(op));
+    Cmp::run(&mut e.flags, a, b);
+    let is_taken = compares::<T, C>(a, b, e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn test_rr<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let (a, b) = (reg::<T>(e, (*op).r1), reg::<T>(e, (*op).r2));
+    let r = Test::run(&mut e.flags, a, b);
+    let is_taken = compares::<T, C>(r, T::cut(0), e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn test_ri<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).r1);
+    let r = Test::run(&mut e.flags, a, immediate(op));
+    let is_taken = compares::<T, C>(r, T::cut(0), e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn sub_ri<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let (a, b) = (reg::<T>(e, (*op).r1), immediate::<T>(op));
+    let r = Sub::run(&mut e.flags, a, b);
+    set(e, (*op).r1, r);
+    let is_taken = compares::<T, C>(a, b, e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn add_ri<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).r1);
+    let r = Add::run(&mut e.flags, a, immediate(op));
+    set(e, (*op).r1, r);
+    let is_taken = holds::<C>(e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn dec_r<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).r1);
+    let r = Dec::run(&mut e.flags, a);
+    set(e, (*op).r1, r);
+    let is_taken = holds::<C>(e.flags);
+    branch(e, op, is_taken)
+}
+
+unsafe fn inc_r<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).r1);
+    let r = Inc::run(&mut e.flags, a);
+    set(e, (*op).r1, r);
+    let is_taken = holds::<C>(e.flags);
+    branch(e, op, is_taken)
+}
+
+/// Chooses a function by condition.
+macro_rules! by_condition {
+    ($condition:expr, $name:ident $(, $type:ty)*) => {
+        match $condition {
+            0 => $name::<$($type,)* 0>, 1 => $name::<$($type,)* 1>, 2 => $name::<$($type,)* 2>,
+            3 => $name::<$($type,)* 3>, 4 => $name::<$($type,)* 4>, 5 => $name::<$($type,)* 5>,
+            6 => $name::<$($type,)* 6>, 7 => $name::<$($type,)* 7>, 8 => $name::<$($type,)* 8>,
+            9 => $name::<$($type,)* 9>, 10 => $name::<$($type,)* 10>, 11 => $name::<$($type,)* 11>,
+            12 => $name::<$($type,)* 12>, 13 => $name::<$($type,)* 13>, 14 => $name::<$($type,)* 14>,
+            _ => $name::<$($type,)* 15>,
+        }
+    };
+}
+pub(in super::super) use by_condition;
+
+/// What may be joined with a conditional branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Joined {
+    CmpRegister,
+    CmpImmediate,
+    TestRegister,
+    TestImmediate,
+    SubImmediate,
+    AddImmediate,
+    Dec,
+    Inc,
+}
+
+/// The function for an operation and a branch.
+pub(in super::super) fn joined(what: Joined, size: usize, condition: u8) -> Option<Handler> {
+    macro_rules! sizes {
+        ($name:ident) => {
+            match size {
+                1 => by_condition!(condition, $name, u8),
+                4 => by_condition!(condition, $name, u32),
+                8 => by_condition!(condition, $name, u64),
+                _ => return None,
+            }
+        };
+    }
+    let handler: Handler = match what {
+        Joined::CmpRegister => sizes!(cmp_rr),
+        Joined::CmpImmediate => sizes!(cmp_ri),
+        Joined::TestRegister => sizes!(test_rr),
+        Joined::TestImmediate => sizes!(test_ri),
+        Joined::SubImmediate => sizes!(sub_ri),
+        Joined::AddImmediate => sizes!(add_ri),
+        Joined::Dec => sizes!(dec_r),
+        Joined::Inc => sizes!(inc_r),
+    };
+    Some(handler)
+}

@@ -1,0 +1,119 @@
+//! The block engine against the slow executor: random instructions on random states, executed by both. Registers, flags,
+//! memory, instruction count and what comes of it have to be equal. `UHYVE_FUZZ` is the number of rounds.
+
+use super::machine::{CODE, DATA, PAGES, Rig};
+use super::{Random, compare};
+use crate::registers::{RFLAGS_IF, RSP};
+use crate::x86::{CpuExit, State};
+
+/// Memory that instructions work on.
+const LENGTH: usize = 0x3000;
+
+fn rounds(default: u64) -> u64 {
+    std::env::var("UHYVE_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn randomise(random: &mut Random, state: &mut State) {
+    for register in &mut state.core.registers.general {
+        *register = match random.below(4) {
+            0 => random.value(),
+            1 => DATA + 0xff0 + random.below(0x20),
+            _ => DATA + random.below(0x2000),
+        };
+    }
+    state.core.registers.general[RSP] = DATA + 0x1000 + 8 * random.below(16);
+    state.core.registers.rflags = 2 | random.next() & 0xcd5 & !RFLAGS_IF;
+    state.core.system.fs.base = DATA + random.below(64);
+    state.core.xcr0 = 7;
+    for vector in &mut state.core.fpu.xmm {
+        *vector = random.vector();
+    }
+}
+
+fn run(code: &[u8], state: &State, data: &[u8], is_slow: bool, budget: u64) -> (CpuExit, State, Vec<u8>) {
+    let mut rig = Rig::new(code);
+    rig.memory.write(DATA, data).unwrap();
+    rig.cpu.restore(state);
+    rig.cpu.set_slow(is_slow);
+    let exit = rig.cpu.run(&mut rig.board, budget);
+    let mut after = vec![0; LENGTH];
+    rig.memory.read(DATA, &mut after).unwrap();
+    (exit, rig.cpu.snapshot(), after)
+}
+
+fn check(random: &mut Random, code: &[u8], budget: u64) {
+    let mut state = Rig::new(code).cpu.snapshot();
+    randomise(random, &mut state);
+    let data: Vec<u8> = (0..LENGTH).map(|_| random.value() as u8).collect();
+    let fast = run(code, &state, &data, false, budget);
+    let slow = run(code, &state, &data, true, budget);
+    let text = || crate::x86::disassemble(code, CODE);
+    assert_eq!(fast.1.core.registers, slow.1.core.registers, "{code:02x?} {} before {}", text(), state.core.registers);
+    assert_eq!(fast.0, slow.0, "{code:02x?} {}", text());
+    assert!(fast.1 == slow.1, "{code:02x?} {}: {:?} {:?}", text(), fast.1, slow.1);
+    assert!(fast.2 == slow.2, "{code:02x?} {}: memory differs", text());
+}
+
+#[test]
+fn test_single_instructions_agree_with_the_slow_executor() {
+    let mut random = Random(0x1234_5678_9abc_def1);
+    for round in 0..rounds(20_000) {
+        let map = compare::MAPS[(round % 2) as usize];
+        let mut code = compare::instruction_bytes(&mut random, map, (round / 2) as u8);
+        code.truncate(15);
+        check(&mut random, &code, 1);
+    }
+}
+
+#[test]
+fn test_sequences_agree_with_the_slow_executor() {
+    let mut random = Random(0x0fed_cba9_8765_4321);
+    for _ in 0..rounds(5_000) {
+        let mut code = Vec::new();
+        for _ in 0..8 {
+            let map = compare::MAPS[random.below(2) as usize];
+            let opcode = random.next() as u8;
+            let bytes = compare::instruction_bytes(&mut random, map, opcode);
+            if let Some(length) = crate::x86::length(&bytes) {
+                code.extend_from_slice(&bytes[..length]);
+            }
+        }
+        let budget = 1 + random.below(12);
+        check(&mut random, &code, budget);
+    }
+}
+
+#[test]
+fn test_arbitrary_bytes_and_states_do_no_harm() {
+    let mut random = Random(0x7777_1234_5678_9abc);
+    for _ in 0..rounds(2_000) {
+        let code: Vec<u8> = (0..64).map(|_| random.next() as u8).collect();
+        let mut rig = Rig::new(&code).with(|state| {
+            randomise(&mut random, state);
+            let system = &mut state.core.system;
+            match random.below(12) {
+                0 => system.cr0 ^= 1 << random.below(32),
+                1 => system.cr4 ^= 1 << random.below(22),
+                2 => system.efer ^= 1 << random.below(12),
+                3 => system.cr3 = random.value(),
+                4 => system.idt.base = random.value(),
+                5 => system.gdt.limit = random.next() as u16,
+                6 => system.tr.base = random.value(),
+                7 => system.cs.selector |= 3,
+                8 => state.core.registers.rip = random.value(),
+                9 => state.debug[7] = random.next() & 0xffff_ffff,
+                10 => system.cs.attributes ^= 1 << random.below(16),
+                _ => {}
+            }
+        });
+        for page in 0..8 {
+            rig.map(page, PAGES + random.next() % 0x40_0000);
+        }
+        for _ in 0..4 {
+            let before = rig.cpu.instructions();
+            let _ = rig.cpu.run(&mut rig.board, 200);
+            assert!(rig.cpu.instructions() - before <= 200);
+            rig.cpu.set_halted(false);
+        }
+    }
+}
