@@ -391,6 +391,37 @@ impl Machine {
         })
     }
 
+    /// The canonical frame address of a stopped vCPU's innermost frame, and where it returns to.
+    pub fn caller(&self, vcpu: u32) -> Result<Option<(u64, u64)>> {
+        self.with_vcpu(vcpu, |context| {
+            let mode = PagingMode::from(&context.cpu.system_registers()?);
+            Ok(backtrace::caller(self, &mode, &context.cpu.registers()?))
+        })
+    }
+
+    /// The addresses around one that belong to the same source line.
+    pub fn line_range(&self, address: u64) -> Option<std::ops::Range<u64>> {
+        let bias = self.layout.load_bias();
+        let range = self.debug_info().line_range(address.wrapping_sub(bias))?;
+        Some(range.start.wrapping_add(bias)..range.end.wrapping_add(bias))
+    }
+
+    /// Makes `vcpu` stop, as after a step, where it comes to one of these addresses with a stack pointer of at least
+    /// `stack`: a frame that is returned to, and not one of a recursion below it. The caller deletes what it gets.
+    pub fn stop_at(&self, vcpu: u32, addresses: &[u64], stack: u64) -> Result<Arc<Breakpoint>> {
+        let Some((&address, also)) = addresses.split_first() else {
+            return Err(Error::Breakpoint("there is no address to run to".into()));
+        };
+        let options = BreakpointOptions {
+            also: also.to_vec(),
+            internal: Some(stack),
+            vcpu: Some(vcpu),
+            location: format!("{address:#x}"),
+            ..Default::default()
+        };
+        self.add_breakpoint(address, options, Condition::default())
+    }
+
     /// `name+offset` of an address.
     pub fn symbol_at(&self, address: u64) -> Option<String> {
         let (symbol, offset) = self.symbols().symbolize(address)?;
@@ -794,7 +825,8 @@ impl Machine {
             let text = format!("a gdb client ({client}) controls the guest: detach it there first");
             return Err(Error::VmState(text));
         }
-        for breakpoint in self.breakpoints() {
+        let internal = self.table.read().unwrap_or_else(|e| e.into_inner()).internal();
+        for breakpoint in self.breakpoints().into_iter().chain(internal) {
             self.delete_breakpoint(&breakpoint)?;
         }
         self.announce(&|_| true);

@@ -106,7 +106,7 @@ class Machine:
         A stop has ``reason``, ``vcpu``, ``pc``, ``number``, ``symbol``, and what belongs to its reason; an end has
         ``ended``, the exit code, or None if the machine was closed. Raises ``GuestCrashError`` or the host's failure.
         """
-    def resume(self, step: int | None = None) -> None:
+    def resume(self, step: int | None = None, range: tuple[int, int] | None = None) -> None:
         """Starts the world; with ``step``, that vCPU executes one instruction while the others hold."""
     def interrupt(self, timed_out: bool = False) -> bool:
         """Asks for a stop. False if there is nothing to stop."""
@@ -170,6 +170,12 @@ class Machine:
         """The frames of a stopped vCPU, the innermost first."""
     def describe(self, pc: int) -> list[_FrameParts]:
         """The functions that an address lies in, the innermost first, as frames without CFA."""
+    def caller(self, vcpu: int) -> tuple[int, int] | None:
+        """The canonical frame address of a stopped vCPU's innermost frame, and where that returns to."""
+    def line_range(self, address: int) -> tuple[int, int] | None:
+        """The first address of the source line around an address, and the first behind it."""
+    def stop_at(self, vcpu: int, addresses: list[int], stack: int) -> Breakpoint:
+        """Makes a vCPU stop, as after a step, at one of these addresses with a stack pointer of at least ``stack``."""
     def symbolize(self, address: int) -> tuple[str, int] | None:
         """The symbol that covers an address, and the offset from its start."""
     def output(self) -> tuple[bytes, bool]:

@@ -101,6 +101,52 @@ class Debugger:
                 break
         return stop
 
+    def step_line(self, count: int = 1, vcpu: int | None = None, timeout: float | None = None) -> Stop:
+        """Steps to another source line, ``count`` times, into functions that have lines. Other vCPUs hold meanwhile.
+
+        They run while a function without lines is called. Ends early at any other stop, after ``timeout`` seconds too.
+        Where the code has no lines, this is a step of one instruction.
+        """
+        return self._lines(count, vcpu, timeout, over=False)
+
+    def next(self, count: int = 1, vcpu: int | None = None, timeout: float | None = None) -> Stop:
+        """Steps to another source line of the same function, ``count`` times, or to where that returns.
+
+        Called functions run to their ends, with all vCPUs, and return to this very frame, however often it recurses.
+        Ends early at any other stop, after ``timeout`` seconds too.
+        """
+        return self._lines(count, vcpu, timeout, over=True)
+
+    def finish(self, vcpu: int | None = None, timeout: float | None = None) -> Stop:
+        """Lets all vCPUs run until the function that a vCPU is in has returned; ``value`` of the stop is its RAX then.
+
+        Ends early at any other stop, with ``value`` None. Raises ``BreakpointError`` if the caller can't be found.
+        """
+        chosen, deadline = self._chosen(vcpu), _deadline(timeout)
+        caller = self._machine.caller(chosen)
+        if caller is None:
+            raise BreakpointError("the caller of this function can't be found: see backtrace()")
+        frame, back = caller
+        stop = self._run_to(chosen, [back], frame, deadline)
+        if stop.reason == "step" and stop.pc == back:
+            object.__setattr__(stop, "value", self._machine.registers(chosen).rax)
+        return stop
+
+    def until(self, where: str | int, vcpu: int | None = None, timeout: float | None = None) -> Stop:
+        """Lets all vCPUs run until one of them comes to a place, or returns from the function that it is in.
+
+        ``where`` is as for ``breakpoint()``. Ends early at any other stop, after ``timeout`` seconds too.
+        """
+        chosen, deadline = self._chosen(vcpu), _deadline(timeout)
+        places, _ = self._places("the place", where)
+        caller = self._machine.caller(chosen)
+        returned = None if caller is None else self._machine.stop_at(chosen, [caller[1]], caller[0])
+        try:
+            return self._run_to(chosen, places, 0, deadline)
+        finally:
+            if returned is not None:
+                self._drop(returned)
+
     def wait(self, timeout: float | None = None) -> Stop:
         """Waits for the next stop; of a guest that stands still, gives the current one.
 
@@ -163,11 +209,11 @@ class Debugger:
     ) -> Breakpoint:
         """Sets a breakpoint; from the moment that this returns it holds on every vCPU, running or not.
 
-        ``where`` is a symbol, ``"symbol+0x10"``, a source line, ``"file.c:123"`` (its statements in every function that
-        has some, or the next line's that has code), or an address. ``condition`` decides which hits stop the guest:
-        text in the language of ``uhyve.condition`` is compiled once and evaluated by the core; a callable is called
-        with a ``Hit`` on the thread of the vCPU, with other vCPUs running, and stops the guest by returning something
-        true.
+        ``where`` is a symbol, ``"symbol+0x10"``, a source line, ``"file.c:123"`` (wherever it is entered: compilers
+        copy and inline lines; of one without code, the next that has some), or an address. ``condition`` decides which
+        hits stop the guest: text in the language of ``uhyve.condition`` is compiled once and evaluated by the core; a
+        callable is called with a ``Hit`` on the thread of the vCPU, with other vCPUs running, and stops the guest by
+        returning something true.
         ``ignore`` is how many hits to let pass before the condition is asked. A ``temporary`` breakpoint is deleted
         when it has stopped the guest once. With ``vcpu``, others pass. ``name`` is for messages. ``hardware`` asks for
         a debug register, which holds when the guest overwrites its code.
@@ -369,6 +415,70 @@ class Debugger:
 
     # Inside
 
+    def _chosen(self, vcpu: int | None) -> int:
+        """A vCPU to step: the one that the current stop is about, if none is named."""
+        self._check()
+        current = self.stop.vcpu
+        return current if vcpu is None else _unsigned("vcpu", vcpu, 32)
+
+    def _run_to(self, vcpu: int, addresses: list[int], stack: int, deadline: float | None) -> Stop:
+        """Lets all run until a vCPU is at one of the addresses, in a frame not below ``stack``."""
+        place = self._machine.stop_at(vcpu, addresses, stack)
+        try:
+            self._resume(None)
+            return self._next_stop(_left(deadline))
+        finally:
+            self._drop(place)
+
+    def _drop(self, place: _core.Breakpoint) -> None:
+        try:
+            place.delete()
+        except VmStateError:
+            # The machine is gone, and its breakpoints with it.
+            return
+
+    def _step_range(self, vcpu: int, addresses: tuple[int, int] | None, deadline: float | None) -> Stop:
+        self._resume(vcpu, addresses)
+        return self._next_stop(_left(deadline))
+
+    def _lines(self, count: int, vcpu: int | None, timeout: float | None, *, over: bool) -> Stop:
+        if count < 1:
+            raise ValueError(f"count is {count}; a step is at least one line")
+        chosen, deadline = self._chosen(vcpu), _deadline(timeout)
+        for _ in range(count):
+            stop = self._line(chosen, deadline, over=over)
+            if stop.reason != "step":
+                break
+        return stop
+
+    def _line(self, vcpu: int, deadline: float | None, *, over: bool) -> Stop:
+        """One step to another line; over calls, or into those that have lines."""
+        pc = self._machine.registers(vcpu).rip
+        begin, addresses = self.source_line(pc), self._machine.line_range(pc)
+        caller = self._machine.caller(vcpu)
+        while True:
+            stop = self._step_range(vcpu, addresses, deadline)
+            if stop.reason != "step":
+                return stop
+            inner = self._machine.caller(vcpu)
+            if inner is not None and caller is not None and inner[0] < caller[0]:
+                if not over and self._machine.line_range(stop.pc) is not None:
+                    return stop
+                stop = self._run_to(vcpu, [inner[1]], inner[0], deadline)
+                if stop.reason != "step":
+                    return stop
+                inner = self._machine.caller(vcpu)
+            if addresses is None:
+                return stop
+            if addresses[0] <= stop.pc < addresses[1]:
+                continue
+            returned = caller is not None and inner is not None and inner[0] > caller[0]
+            here = self._machine.line_range(stop.pc)
+            if returned or here is None or self.source_line(stop.pc) != begin:
+                return stop
+            # Another part of the same line.
+            addresses = here
+
     def _places(self, what: str, where: str | int) -> tuple[list[int], str]:
         """The addresses of a place, and what the user called it."""
         if isinstance(where, str):
@@ -380,10 +490,10 @@ class Debugger:
         if self._left is not None:
             raise VmStateError(self._left)
 
-    def _resume(self, step: int | None) -> None:
+    def _resume(self, step: int | None, addresses: tuple[int, int] | None = None) -> None:
         self._check()
         self._raise_unreported()
-        self._machine.resume(step)
+        self._machine.resume(step, addresses)
         self._stop = None
 
     def _next_stop(self, timeout: float | None) -> Stop:
@@ -801,6 +911,7 @@ class Stop(Record):
         "pc",
         "reason",
         "symbol",
+        "value",
         "vcpu",
     )
     __match_args__ = _fields = (
@@ -819,6 +930,7 @@ class Stop(Record):
         "access",
         "old",
         "new",
+        "value",
     )
 
     reason: StopReason
@@ -851,6 +963,8 @@ class Stop(Record):
     """Of a watchpoint: what was there before; a number of up to 8 bytes, else bytes; None if it was not mapped."""
     new: int | bytes | None
     """Of a watchpoint: what is there now, as ``old``."""
+    value: int | None
+    """After ``finish()``, what the function returned in RAX."""
     _machine: Machine
 
     def __init__(
@@ -870,10 +984,11 @@ class Stop(Record):
         access: Literal["write", "read"] | None = None,
         old: int | bytes | None = None,
         new: int | bytes | None = None,
+        value: int | None = None,
     ) -> None:
         self._fill(
             *(reason, vcpu, pc, breakpoint, code, symbol, message, number, hits, exception, crash),
-            *(address, access, old, new),
+            *(address, access, old, new, value),
         )
 
     @property
@@ -919,6 +1034,14 @@ class Stop(Record):
         if self.old == self.new:
             return f"{hit}: {self.access} at {self.address:#x}, value {_value(self.new)}"
         return f"{hit}: {self.access} at {self.address:#x}, {_value(self.old)} → {_value(self.new)}"
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _source(found: tuple[str, int] | None) -> str | None:

@@ -82,6 +82,9 @@ pub struct BreakpointOptions {
     pub location: String,
     /// Further addresses of the place: a source line may have code in several functions.
     pub also: Vec<u64>,
+    /// Not the user's: it has no number of its own, is not listed, and its stop is a step's. It is met where the stack
+    /// pointer is at least this.
+    pub internal: Option<u64>,
     /// A name for messages.
     pub name: Option<String>,
     /// Hits to let pass before the conditions are asked.
@@ -201,6 +204,9 @@ struct Planted {
     lifted: bool,
 }
 
+/// Numbers of internal breakpoints begin behind this: a place's own breakpoints are asked first.
+const FIRST_INTERNAL: u32 = 1 << 30;
+
 /// All breakpoints of a VM. Changed only inside the exclusive section; read by every hit.
 #[derive(Default)]
 pub struct Table {
@@ -209,13 +215,19 @@ pub struct Table {
     watches: BTreeMap<u32, (Arc<Breakpoint>, WatchKind)>,
     planted: BTreeMap<u64, Planted>,
     next: u32,
+    next_internal: u32,
     generation: u64,
 }
 
 impl Table {
     /// All breakpoints, by number.
     pub fn breakpoints(&self) -> Vec<Arc<Breakpoint>> {
-        self.all.values().cloned().collect()
+        self.all.values().filter(|b| b.options.internal.is_none()).cloned().collect()
+    }
+
+    /// The internal ones.
+    pub fn internal(&self) -> Vec<Arc<Breakpoint>> {
+        self.all.values().filter(|b| b.options.internal.is_some()).cloned().collect()
     }
 
     /// Rises with each change of the sites.
@@ -274,9 +286,11 @@ impl Table {
         options: BreakpointOptions,
         condition: Condition,
     ) -> Arc<Breakpoint> {
-        self.next += 1;
+        let last = if options.internal.is_some() { &mut self.next_internal } else { &mut self.next };
+        *last += 1;
+        let id = if options.internal.is_some() { FIRST_INTERNAL + *last } else { *last };
         let breakpoint = Arc::new(Breakpoint {
-            id: self.next,
+            id,
             address,
             enabled: AtomicBool::new(!options.disabled),
             deleted: AtomicBool::new(false),
@@ -287,7 +301,7 @@ impl Table {
             options,
             watch,
         });
-        self.all.insert(self.next, breakpoint.clone());
+        self.all.insert(id, breakpoint.clone());
         breakpoint
     }
 

@@ -127,35 +127,24 @@ impl DebugInfo {
         found.unwrap_or_default()
     }
 
-    /// The addresses of the statements of a line, one for each function that has some, by address. `file` is a path's
-    /// last components. If the line has none, those of the next line that has, with its number.
+    /// Where a line is entered, by address. `file` is a path's last components. If the line has no code, those of the
+    /// next line that has, with its number.
     pub fn addresses(&self, file: &str, line: u32) -> (u32, Vec<u64>) {
         let dwarf = self.dwarf();
-        let mut found: Vec<(u32, u64, (usize, u64))> = Vec::new();
+        let mut found: Vec<(u32, u64)> = Vec::new();
         for index in 0..self.units().offsets.len() {
             let Some(unit) = self.unit(&dwarf, index) else { continue };
             let files = super::lines::files_named(&dwarf, &unit, file);
-            if files.is_empty() {
-                continue;
-            }
-            let (Some(lines), functions) =
-                (self.lines_of(index, &dwarf, &unit), self.functions_of(index, &dwarf, &unit))
-            else {
-                continue;
-            };
-            for (row_line, address) in lines.statements(&files, line) {
-                let function = functions.as_ref().and_then(|f| f.start(address)).unwrap_or(address);
-                found.push((row_line, address, (index, function)));
+            if !files.is_empty()
+                && let Some(lines) = self.lines_of(index, &dwarf, &unit)
+            {
+                found.extend(lines.statements(&files, line));
             }
         }
-        let Some(best) = found.iter().map(|(line, ..)| *line).min() else { return (line, Vec::new()) };
-        found.retain(|(line, ..)| *line == best);
-        found.sort_unstable_by_key(|(_, address, function)| (*function, *address));
-        found.dedup_by_key(|(.., function)| *function);
-        let mut addresses: Vec<u64> = found.into_iter().map(|(_, address, _)| address).collect();
-        addresses.sort_unstable();
-        addresses.dedup();
-        (best, addresses)
+        found.sort_unstable();
+        found.dedup();
+        let Some(best) = found.first().map(|(line, _)| *line) else { return (line, Vec::new()) };
+        (best, found.into_iter().take_while(|(line, _)| *line == best).map(|(_, address)| address).collect())
     }
 
     /// The addresses of the line that an address belongs to, around it; for a step by lines.

@@ -95,13 +95,25 @@ impl Lines {
         Some(self.rows[first].address..end)
     }
 
-    /// The statements of some files that begin at a line or, for want of those, at the next that has some: line and
-    /// address of each where the line is entered.
+    /// Where a line of some files is entered, or, if it has no statement, the next line that has: line and address of
+    /// the first statement of each of its stretches. Compilers copy lines, so that a function may have several.
     pub fn statements(&self, files: &[u64], line: u32) -> Vec<(u32, u64)> {
-        let fits = |row: &&Row| row.is_statement && row.line >= line && files.contains(&row.file.into());
-        let Some(best) = self.rows.iter().filter(fits).map(|row| row.line).min() else { return Vec::new() };
-        let rows = self.rows.iter().filter(fits).filter(|row| row.line == best);
-        rows.map(|row| (row.line, row.address)).collect()
+        let fits = |row: &Row| row.line >= line && files.contains(&row.file.into());
+        let statements = self.rows.iter().filter(|row| row.is_statement && fits(row));
+        let Some(best) = statements.map(|row| row.line).min() else { return Vec::new() };
+        let mut found = Vec::new();
+        for sequence in &self.sequences {
+            let mut is_open = false;
+            for row in &self.rows[sequence.rows.clone()] {
+                if !(row.line == best && fits(row)) {
+                    is_open = false;
+                } else if row.is_statement && !is_open {
+                    is_open = true;
+                    found.push((best, row.address));
+                }
+            }
+        }
+        found
     }
 }
 

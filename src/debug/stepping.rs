@@ -195,6 +195,10 @@ impl Seat<'_> {
         if !breakpoint.arrive(self.number) {
             return Ok(None);
         }
+        if let Some(stack) = breakpoint.options.internal {
+            let is_there = self.context().cpu.registers()?.general[RSP] >= stack;
+            return Ok(is_there.then_some(StopReason::Step));
+        }
         let condition = breakpoint.condition();
         let mut failure = None;
         if condition.has_program() {

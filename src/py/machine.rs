@@ -274,9 +274,10 @@ impl PyMachine {
         }
     }
 
-    /// Starts the world: `step` is a vCPU that executes one instruction while the others hold, or None for all to run.
-    #[pyo3(signature = (step = None))]
-    fn resume(&self, py: Python<'_>, step: Option<u32>) -> PyResult<()> {
+    /// Starts the world: `step` is a vCPU that executes one instruction (or as many as leave the addresses of `range`) while
+    /// the others hold, or None for all to run.
+    #[pyo3(signature = (step = None, range = None))]
+    fn resume(&self, py: Python<'_>, step: Option<u32>, range: Option<(u64, u64)>) -> PyResult<()> {
         let machine = self.machine()?;
         if step.is_some_and(|n| n >= machine.cpus()) {
             let text = format!("there is no vCPU {}; this VM has {}", step.unwrap_or(0), machine.cpus());
@@ -285,7 +286,10 @@ impl PyMachine {
         detached(py, || {
             machine.resume(|n| match step {
                 None => Plan::Run,
-                Some(chosen) if chosen == n => Plan::Step,
+                Some(chosen) if chosen == n => match range {
+                    Some((start, end)) => Plan::StepRange { start, end },
+                    None => Plan::Step,
+                },
                 Some(_) => Plan::Hold,
             })
         })
@@ -348,7 +352,17 @@ impl PyMachine {
             return Err(to_python(py, Error::Breakpoint("a breakpoint needs an address".into())));
         };
         let also = also.to_vec();
-        let options = BreakpointOptions { location, also, name, ignore, temporary, vcpu, disabled: !enabled, hardware };
+        let options = BreakpointOptions {
+            location,
+            also,
+            name,
+            ignore,
+            temporary,
+            vcpu,
+            disabled: !enabled,
+            hardware,
+            internal: None,
+        };
         let inner = detached(py, || machine.add_breakpoint(address, options, condition))?;
         Ok(PyBreakpoint::new(machine.clone(), inner))
     }
@@ -439,6 +453,25 @@ impl PyMachine {
         let machine = self.machine()?;
         let frames = py.detach(|| backtrace::describe_address(machine, pc));
         Ok(frames.into_iter().map(frame_parts).collect())
+    }
+
+    /// The canonical frame address of a vCPU's innermost frame, and where that returns to.
+    fn caller(&self, py: Python<'_>, vcpu: u32) -> PyResult<Option<(u64, u64)>> {
+        let machine = self.machine()?;
+        detached(py, || machine.caller(vcpu))
+    }
+
+    /// The addresses around one that belong to the same source line.
+    fn line_range(&self, py: Python<'_>, address: u64) -> PyResult<Option<(u64, u64)>> {
+        let machine = self.machine()?;
+        Ok(py.detach(|| machine.line_range(address)).map(|range| (range.start, range.end)))
+    }
+
+    /// Makes a vCPU stop, as after a step, at one of these addresses with a stack pointer of at least `stack`.
+    fn stop_at(&self, py: Python<'_>, vcpu: u32, addresses: Vec<u64>, stack: u64) -> PyResult<PyBreakpoint> {
+        let machine = self.machine()?;
+        let inner = detached(py, || machine.stop_at(vcpu, &addresses, stack))?;
+        Ok(PyBreakpoint::new(machine.clone(), inner))
     }
 
     /// Name and offset of the symbol at an address.
