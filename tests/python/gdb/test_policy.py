@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gdb.conftest import Served
-
     from uhyve import Debugger, Stop
 
 pytestmark = [pytest.mark.vm]
