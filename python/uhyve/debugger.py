@@ -302,9 +302,9 @@ class Debugger:
         """Listens for gdb or LLDB, which may attach now, later or never, and go and come back.
 
         ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for
-        standard input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
-        ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with
-        it.
+        standard input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()``
+        raise ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides
+        with it.
 
         Raises ``ConfigError`` for an address that is none, ``OSError`` if it can't be listened at.
         """
@@ -716,7 +716,7 @@ class Breakpoint:
         """Sets it again in a fresh machine."""
         core = self._core
         compiled, predicate = _condition_parts(machine, condition)
-        wishes = {
+        wishes: dict[str, Any] = {
             "location": core.location,
             "compiled": compiled,
             "predicate": predicate,

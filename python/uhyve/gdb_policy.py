@@ -52,8 +52,8 @@ class ThreadInfo:
     """What gdb sees as a thread.
 
     ``id`` is its number (1 to 2**31 - 1), ``name`` its name, ``extra`` what ``info threads`` adds. Its registers and
-    memory are those of ``vcpu``; ``registers`` holds those that differ, of a task that is not running: such a thread can be
-    looked at, and a step of it steps the vCPU.
+    memory are those of ``vcpu``; ``registers`` holds those that differ, of a task that is not running: such a thread
+    can be looked at, and a step of it steps the vCPU.
     """
 
     __slots__ = ("extra", "id", "name", "registers", "vcpu")

@@ -270,8 +270,9 @@ impl Engine {
     }
 
     /// The place of an address in the jump cache.
+    /// The place of an address in the jump cache.
     #[inline(always)]
-    #[allow(clippy::cast_possible_truncation)] // masked
+    #[allow(clippy::cast_possible_truncation)]
     fn jump_slot(rip: u64) -> usize {
         ((rip ^ rip >> 12) & (JUMPS as u64 - 1)) as usize
     }
@@ -303,9 +304,8 @@ impl Engine {
     }
 
     /// The block of the one instruction at [`Engine::rip`].
-    #[allow(clippy::cast_possible_truncation)] // masked
     fn find_single(&mut self) -> *mut Block {
-        let slot = (self.rip & (SINGLES as u64 - 1)) as usize;
+        let slot = usize::try_from(self.rip % SINGLES as u64).expect("a small number");
         let known = self.singles[slot];
         if known.rip == self.rip && known.generation == self.core.mmu.generation {
             return known.block;

@@ -31,7 +31,7 @@ def test_vms_and_images_in_the_box_pass_there_too() -> None:
     done = subprocess.run(
         [BOX, "--", *pytest_run],
         cwd=REPOSITORY,
-        env=os.environ | {"UHYVE_REQUIRE_KVM": "1"},
+        env=os.environ | {"UHYVE_REQUIRE_KVM": "1", "UHYVE_BACKEND": "kvm"},
         capture_output=True,
         text=True,
         check=False,

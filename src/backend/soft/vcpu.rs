@@ -10,7 +10,9 @@ use super::wires::Wires;
 use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::registers::{CR0_PE, CR0_PG, FpuState, RFLAGS_IF, Registers, SystemRegisters};
+use crate::registers::{
+    CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, FpuState, RFLAGS_IF, Registers, SystemRegisters, segment_attributes,
+};
 use crate::x86::{Cpu, CpuExit, DebugOptions, Fault, State, WatchKind, Watchpoint};
 
 /// The vector of non-maskable interrupts.
@@ -195,8 +197,14 @@ fn is_valid(registers: &SystemRegisters) -> bool {
     /// SCE, LME, LMA, NXE.
     const EFER: u64 = 0xd01;
     let SystemRegisters { cr0, cr4, efer, .. } = *registers;
-    let is_paging = cr0 & CR0_PG != 0;
-    cr0 >> 32 == 0 && (!is_paging || cr0 & CR0_PE != 0) && cr4 & !CR4 == 0 && efer & !EFER == 0
+    let (is_paging, is_long) = (cr0 & CR0_PG != 0, efer & EFER_LMA != 0);
+    let is_consistent = if is_paging && efer & EFER_LME != 0 {
+        is_long && cr4 & CR4_PAE != 0
+    } else {
+        !is_long && registers.cs.attributes & segment_attributes::L == 0
+    };
+    let has_reserved = cr0 >> 32 != 0 || cr4 & !CR4 != 0 || efer & !EFER != 0;
+    is_consistent && !has_reserved && (!is_paging || cr0 & CR0_PE != 0)
 }
 
 /// IA32_LSTAR, IA32_CSTAR, the bases of FS and GS, and what SWAPGS exchanges: addresses.

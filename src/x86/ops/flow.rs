@@ -13,7 +13,8 @@ const RBP: u8 = 5 * 8;
 /// Follows link `which` of the block, which leads to `target`.
 #[inline(always)]
 unsafe fn follow(e: &mut Engine, which: usize, target: u64) -> *mut Block {
-    let link = (*e.block).links.get_unchecked(which);
+    let block: &Block = &*e.block;
+    let link = block.links.get_unchecked(which);
     if link.generation == e.core.mmu.generation {
         return link.block;
     }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gdb.conftest import Served
 
-pytestmark = [pytest.mark.kvm, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(60)]
 
 CPUS = pytest.mark.parametrize("cpus", [1, 2, 4])
 SMP = pytest.mark.parametrize("cpus", [2, 4])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from gdb.conftest import Served
 
-pytestmark = [pytest.mark.kvm, pytest.mark.real_gdb, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.vm, pytest.mark.real_gdb, pytest.mark.timeout(100)]
 
 CPUS = pytest.mark.parametrize("cpus", [1, 2, 4])
 
