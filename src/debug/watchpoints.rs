@@ -247,7 +247,8 @@ pub(crate) fn noticed(breakpoint: &Breakpoint, address: u64, write: Option<bool>
     let watch = breakpoint.watch.as_ref()?;
     let mut seen = watch.seen();
     let old = seen.replace(new.clone()).unwrap_or_else(|| new.clone());
-    let write = write.unwrap_or(watch.access == WatchAccess::Write || old != new);
+    // An instruction that reads and then writes may be told of by its read alone.
+    let write = write.unwrap_or(watch.access == WatchAccess::Write) || old != new;
     watch.access.is_for(write).then_some(Touch { address, write, old, new })
 }
 

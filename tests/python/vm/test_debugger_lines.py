@@ -12,7 +12,7 @@ from uhyve import BreakpointError, Debugger, Stop, Vm
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.vm
 
 LIMIT = 30
 SOURCE = Path(__file__).resolve().parents[2] / "guests" / "frames.c"
