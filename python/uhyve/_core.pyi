@@ -15,8 +15,8 @@ __all__ = [
     "Memory",
     "Registers",
     "__version__",
-    "evaluate_condition",
     "choose_backend",
+    "evaluate_condition",
     "probe_kvm",
     "probe_soft",
 ]
@@ -211,6 +211,7 @@ class GdbServer:
     def close(self) -> None:
         """Stops listening and drops the client."""
 
+@final
 class Breakpoint:
     """A breakpoint or watchpoint of a machine."""
 

@@ -255,10 +255,10 @@ class Debugger:
     def serve_gdb(self, address: str = "127.0.0.1:0", policy: GdbPolicy | None = None) -> GdbServer:
         """Listens for gdb or LLDB, which may attach now, later or never, and go and come back.
 
-        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for standard
-        input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()`` raise
-        ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides with
-        it.
+        ``address`` is ``"HOST:PORT"``, ``"PORT"`` on loopback (0 is any free one), ``"unix:PATH"``, or ``"-"`` for
+        standard input and output. While a client is attached it decides when the guest runs: ``cont()`` and ``step()``
+        raise ``VmStateError``; reading, writing, breakpoints, ``interrupt()`` and ``wait()`` work. ``policy`` decides
+        with it.
 
         Raises ``ConfigError`` for an address that is none, ``OSError`` if it can't be listened at.
         """
@@ -604,21 +604,24 @@ class Breakpoint:
 
     def _move(self, machine: Machine, condition: Condition) -> None:
         """Sets it again in a fresh machine."""
-        compiled, predicate = _condition_parts(machine, condition)
-        is_address = self.location == f"{self.address:#x}"
         core = self._core
-        self._core = machine.add_breakpoint(
-            self.address if is_address else machine.resolve(self.location),
-            location=self.location,
-            compiled=compiled,
-            predicate=predicate,
-            ignore=core.ignore,
-            temporary=core.temporary,
-            vcpu=core.vcpu,
-            enabled=core.enabled,
-            name=core.name,
-            hardware=core.kind == "debug register",
-        )
+        compiled, predicate = _condition_parts(machine, condition)
+        wishes: dict[str, Any] = {
+            "location": core.location,
+            "compiled": compiled,
+            "predicate": predicate,
+            "ignore": core.ignore,
+            "temporary": core.temporary,
+            "vcpu": core.vcpu,
+            "enabled": core.enabled,
+            "name": core.name,
+        }
+        access, size = core.access, core.size
+        if access is None or size is None:
+            hardware = core.kind == "debug register"
+            self._core = machine.add_breakpoint(machine.resolve_place(core.location), **wishes, hardware=hardware)
+        else:
+            self._core = machine.add_watchpoint(machine.resolve(core.location), size, access, **wishes)
         self._machine = machine
 
     def __call__(self, condition: Callback) -> Self:

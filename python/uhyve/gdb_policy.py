@@ -15,8 +15,8 @@ Python::
     with uhyve.Vm("app").debug() as dbg:
         server = dbg.serve_gdb(policy=CountMalloc())
 
-Methods run on the server's thread. What one raises is shown on gdb's console, leaves the guest stopped, and is raised by
-``GdbServer.wait()`` or the debugger's next call.
+Methods run on the server's thread. What one raises is shown on gdb's console, leaves the guest stopped, and is raised
+by ``GdbServer.wait()`` or the debugger's next call.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Decision(enum.Enum):
 class ThreadInfo:
     """What gdb sees as a thread.
 
-    ``id`` is its number (1 to 2**31 - 1), ``name`` its name, ``extra`` what ``info threads`` adds. Its registers and memory
-    are those of ``vcpu``; ``registers`` holds those that differ, of a task that is not running: such a thread can be
-    looked at, and a step of it steps the vCPU.
+    ``id`` is its number (1 to 2**31 - 1), ``name`` its name, ``extra`` what ``info threads`` adds. Its registers and
+    memory are those of ``vcpu``; ``registers`` holds those that differ, of a task that is not running: such a thread
+    can be looked at, and a step of it steps the vCPU.
     """
 
     __slots__ = ("extra", "id", "name", "registers", "vcpu")
@@ -97,7 +97,7 @@ class GdbPolicy:
 
     debugger: Debugger
 
-    def on_stop(self, stop: Stop) -> Decision | None:
+    def on_stop(self, stop: Stop) -> Decision | None:  # noqa: ARG002
         """Decides what becomes of a stop of the world; None is ``Decision.REPORT``. All vCPUs stand still.
 
         It may read and write the guest by ``self.debugger``, not let it run.
@@ -117,12 +117,15 @@ class GdbPolicy:
     def on_detach(self, client: str) -> None:
         """A client has detached; the guest is about to run on."""
 
-    def on_disconnect(self, client: str) -> Decision | None:
+    def on_disconnect(self, client: str) -> Decision | None:  # noqa: ARG002
         """Decides what becomes of the guest when the connection is lost; None is ``Decision.REPORT``."""
         return Decision.REPORT
 
     def monitor(self, command: str, arguments: str) -> str | None:
-        """Answers a ``monitor`` command; None leaves it to the server's own. The default calls ``monitor_command`` methods."""
+        """Answers a ``monitor`` command; None leaves it to the server's own.
+
+        The default calls the ``monitor_command`` of that name.
+        """
         method = self._commands().get(command)
         return None if method is None else method(arguments) or ""
 

@@ -272,8 +272,9 @@ class Vm:
         ``"stdout"``: to file descriptor 1. A ``pathlib.Path``: to that file, which must not exist. A callable: it gets
         whole lines as ``bytes`` while the guest runs, on a thread of the VM. ``"none"`` or None: nowhere.
     ``backend``
-        ``"kvm"``, ``"soft"`` (a CPU in software, which needs no KVM), or ``"auto"``: KVM where it runs the guest's kernel
-        on the CPU itself, else ``"soft"``. The environment variable ``UHYVE_BACKEND`` takes the place of ``"auto"``.
+        ``"kvm"``, ``"soft"`` (a CPU in software, which needs no KVM), or ``"auto"``: KVM where it runs the guest's
+        kernel on the CPU itself, else ``"soft"``. The environment variable ``UHYVE_BACKEND`` takes the place of
+        ``"auto"``.
     ``seed``
         For ``"soft"``: an integer from which follows all that is left to chance: the interleaving of the vCPUs, random
         numbers, the load address, the time of day. The same seed gives the same execution, to the last instruction, if

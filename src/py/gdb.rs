@@ -138,8 +138,7 @@ impl Policy for PyPolicy {
     }
 
     fn compile(&self, text: &str) -> Result<Program, String> {
-        let parts: CompiledParts =
-            self.answer(|_, object| Ok(object.call_method1("compile", (text,))?.extract()?))?;
+        let parts: CompiledParts = self.answer(|_, object| object.call_method1("compile", (text,))?.extract())?;
         program(parts).map(|(_, program)| Arc::unwrap_or_clone(program)).map_err(|error| error.to_string())
     }
 

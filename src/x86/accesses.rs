@@ -66,7 +66,9 @@ mod tests {
         let mut system = SystemRegisters::default();
         system.fs.base = 0x7_0000;
         let found = accesses(code, &registers, &system).memory;
-        found.into_iter().map(|a| (a.address, a.length, a.write)).collect()
+        let mut found: Vec<_> = found.into_iter().map(|a| (a.address, a.length, a.write)).collect();
+        found.sort_unstable();
+        found
     }
 
     #[test]

@@ -271,6 +271,7 @@ impl Engine {
 
     /// The place of an address in the jump cache.
     #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // masked
     fn jump_slot(rip: u64) -> usize {
         ((rip ^ rip >> 12) & (JUMPS as u64 - 1)) as usize
     }
@@ -302,6 +303,7 @@ impl Engine {
     }
 
     /// The block of the one instruction at [`Engine::rip`].
+    #[allow(clippy::cast_possible_truncation)] // masked
     fn find_single(&mut self) -> *mut Block {
         let slot = (self.rip & (SINGLES as u64 - 1)) as usize;
         let known = self.singles[slot];

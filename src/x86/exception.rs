@@ -156,7 +156,7 @@ impl Core {
     }
 
     fn gate(&mut self, vector: u8, cause: Cause) -> Result<Gate, Fault> {
-        let index = u32::from(vector) * 8 | IN_IDT | cause.external();
+        let index = (u32::from(vector) * 8) | IN_IDT | cause.external();
         let table = self.state.core.system.idt;
         let at = 16 * u64::from(vector);
         if at + 15 > u64::from(table.limit) {

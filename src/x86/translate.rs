@@ -235,10 +235,11 @@ impl Builder {
         if i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg && has_memory(i) {
             return self.atomic(i);
         }
-        if i.has_rep_prefix() && !i.has_repne_prefix() {
-            if let Some(op) = self.repeated(i) {
-                return Some(op);
-            }
+        if i.has_rep_prefix()
+            && !i.has_repne_prefix()
+            && let Some(op) = self.repeated(i)
+        {
+            return Some(op);
         }
         self.arithmetic(i)
             .or_else(|| self.data(i))

@@ -13,7 +13,7 @@ const RBP: u8 = 5 * 8;
 /// Follows link `which` of the block, which leads to `target`.
 #[inline(always)]
 unsafe fn follow(e: &mut Engine, which: usize, target: u64) -> *mut Block {
-    let link = (&(*e.block).links).get_unchecked(which);
+    let link = (*e.block).links.get_unchecked(which);
     if link.generation == e.core.mmu.generation {
         return link.block;
     }

@@ -6,7 +6,9 @@
 //! stands in the engine's current block and was made by `translate` for this very function, so its register fields are
 //! offsets into [`Engine::regs`], and another operation follows unless the function ends blocks. An operation that can't
 //! complete changes nothing and stops with [`Stop::Redo`].
-#![allow(unsafe_op_in_unsafe_fn, clippy::missing_safety_doc)]
+//!
+//! Casts cut values to the operand's size, as the instructions do.
+#![allow(unsafe_op_in_unsafe_fn, clippy::missing_safety_doc, clippy::cast_possible_truncation)]
 
 pub(super) mod alu;
 pub(super) mod bit;

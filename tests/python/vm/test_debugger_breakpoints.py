@@ -172,7 +172,9 @@ def test_more_breakpoints_than_debug_registers_all_hold_and_count(
 
         places = capabilities["hardware_breakpoints"]
         if capabilities["int3"] == "not intercepted":
-            assert [b.kind for b in breakpoints] == ["debug register"] * min(number, places) + ["single-step"] * max(0, number - places)
+            assert [b.kind for b in breakpoints] == ["debug register"] * min(number, places) + ["single-step"] * max(
+                0, number - places
+            )
         else:
             assert {b.kind for b in breakpoints} == {"int3"}
         stops = [dbg.cont(timeout=LIMIT) for _ in range(number)]

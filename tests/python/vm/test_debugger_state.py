@@ -261,7 +261,7 @@ def test_register_value_that_the_cpu_refuses_is_an_error_and_the_vm_lives(loop: 
     with Vm(loop).debug() as dbg:
         before = getattr(dbg.registers, name)
 
-        with pytest.raises(OSError, match="KVM_SET_SREGS|set_system_registers"):
+        with pytest.raises(OSError, match=r"KVM_SET_SREGS|set_system_registers"):
             setattr(dbg.registers, name, value)
 
         assert getattr(dbg.registers, name) == before

@@ -11,7 +11,6 @@ from uhyve import Breakpoint, Debugger, Vm
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from typing import Any
 
 pytestmark = pytest.mark.vm
 
@@ -412,7 +411,7 @@ def test_step_over_an_instruction_that_faults_leaves_no_trap_flag_in_the_handler
         stop = dbg.step(timeout=LIMIT)
 
         assert stop.reason == "step"
-        # A CPU clears the trap flag when it enters the handler and restores it when that returns; the others stop before.
+        # A CPU clears the trap flag when it enters the handler and restores it when that returns; others stop before.
         where = "guest_main" if cpu_kind == "hardware" else "exception_"
         assert (dbg.symbolize(stop.pc) or "").startswith(where)
         assert dbg.registers.rflags & TRAP_FLAG == 0
