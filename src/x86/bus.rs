@@ -77,6 +77,13 @@ impl CoreBus<'_> {
     /// Notes an access that is watched or traced.
     fn watch(&mut self, address: u64, length: usize, is_write: bool) -> Result<(), BusError> {
         let length = length as u64;
+        if is_write
+            && let Some(read) = &mut self.mmu.watched
+            && (address.wrapping_sub(read.address) < read.length || read.address.wrapping_sub(address) < length)
+        {
+            // What was read is written: the two are one access.
+            read.is_write = true;
+        }
         if !self.mmu.watchpoints.is_empty()
             && let Some(index) = self.mmu.watches(address, length, is_write)
         {

@@ -107,8 +107,7 @@ impl SoftVcpu {
             }
             CpuExit::Int3 => Exit::Debug(DebugEvent { software: true, ..quiet(self.cpu.registers().rip) }),
             CpuExit::SingleStep => Exit::Debug(DebugEvent { single_step: true, ..quiet(self.cpu.registers().rip) }),
-            CpuExit::Watchpoint { index, access } => {
-                let hit = self.watched().nth(index);
+            CpuExit::Watchpoint { access, .. } => {
                 let fires = |b: &HardwareBreakpoint| {
                     let is_kind = match b.access {
                         Access::Execute => false,
@@ -118,18 +117,19 @@ impl SoftVcpu {
                     };
                     let overlaps = access.address.wrapping_sub(b.address) < b.length
                         || b.address.wrapping_sub(access.address) < access.length;
-                    hit == Some(b) || is_kind && overlaps
+                    is_kind && overlaps
                 };
                 let single_step = self.debug.single_step;
                 let hardware = self.fired(fires);
+                if hardware == 0 && !single_step {
+                    // A read that a write follows, where only reads are watched.
+                    return None;
+                }
+                let access = Some(access).filter(|_| hardware != 0);
                 let pc = self.cpu.registers().rip;
-                Exit::Debug(DebugEvent { hardware, single_step, access: Some(access), ..quiet(pc) })
+                Exit::Debug(DebugEvent { hardware, single_step, access, ..quiet(pc) })
             }
         })
-    }
-
-    fn watched(&self) -> impl Iterator<Item = &HardwareBreakpoint> {
-        self.debug.hardware.iter().filter(|b| b.access != Access::Execute)
     }
 
     /// A bit for each place that fires.
@@ -254,7 +254,9 @@ impl Vcpu for SoftVcpu {
                 }
                 other => {
                     self.shared.go_outside(self.vcpu, executed);
-                    return Ok(self.exit(other).expect("all others are for the VMM"));
+                    if let Some(exit) = self.exit(other) {
+                        return Ok(exit);
+                    }
                 }
             }
         }
