@@ -91,6 +91,7 @@ impl<'a> Session<'a> {
         };
         let outcome = session.run();
         session.leave(outcome);
+        session.send();
         Left { machine: session.target.machine.clone(), outcome }
     }
 
@@ -103,11 +104,11 @@ impl<'a> Session<'a> {
         }
         loop {
             while self.turn() {}
-            self.send();
             if let Some(outcome) = self.ended {
-                self.send();
+                // Its answer goes out when it is true: the guest runs, or is dead.
                 return outcome;
             }
+            self.send();
             if self.is_lost {
                 return Outcome::Lost;
             }
