@@ -17,19 +17,22 @@ from uhyve import _core
 PACKAGE = Path(uhyve.__file__).parent
 
 
-def milliseconds(code: str) -> float:
+def milliseconds(code: str, compiled: Path) -> float:
     """What an interpreter costs that runs the code, in processor time, which other processes don't change much."""
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL)
+    # As of an installed package, whose modules pip has compiled; the environment here may forbid writing that.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(compiled)
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0
     return 1000 * (usage.ru_utime + usage.ru_stime)
 
 
-def test_import_takes_less_than_30_milliseconds() -> None:
-    milliseconds("import uhyve")
+def test_import_takes_less_than_30_milliseconds(tmp_path: Path) -> None:
+    milliseconds("import uhyve", tmp_path)
 
-    pairs = [(milliseconds("import uhyve"), milliseconds("pass")) for _ in range(9)]
+    pairs = [(milliseconds("import uhyve", tmp_path), milliseconds("pass", tmp_path)) for _ in range(9)]
 
     # The least of each: what other processes do at the same time only adds to it.
     cost = min(with_it for with_it, _ in pairs) - min(bare for _, bare in pairs)
