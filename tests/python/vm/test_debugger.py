@@ -530,10 +530,8 @@ def test_stop_at_a_breakpoint_tells_where_and_why(guest: Callable[..., Path]) ->
         assert (stop.frame.function, stop.frame.offset, stop.frame.pc) == ("work", 7, stop.pc)
         assert stop.frame.registers.rip == stop.pc
         assert stop.frame.memory.read_u64(dbg.symbol("calls")) == 0
-        assert (
-            str(stop)
-            == f"vCPU 0 stopped at work+0x7 ({stop.pc:#x}), loop.c:{stop.frame.line}: breakpoint 1 (after the load), hit 1"
-        )
+        place = f"work+0x7 ({stop.pc:#x}), loop.c:{stop.frame.line}"
+        assert str(stop) == f"vCPU 0 stopped at {place}: breakpoint 1 (after the load), hit 1"
         assert "work+0x7" in repr(stop.frame)
         with pytest.raises(AttributeError):
             stop.pc = 0
