@@ -23,6 +23,21 @@ struct Page {
     version: AtomicU32,
 }
 
+/// Pages without code, in memory that takes no room before it is used: most of RAM never holds code.
+fn zeroed(count: usize) -> Box<[Page]> {
+    let layout = std::alloc::Layout::array::<Page>(count).expect("far less than the RAM that it is about");
+    if layout.size() == 0 {
+        return Box::default();
+    }
+    // SAFETY: the layout is not empty.
+    let first = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<Page>();
+    if first.is_null() {
+        std::alloc::handle_alloc_error(layout);
+    }
+    // SAFETY: allocated for so many pages, and zeros are what a page without code is made of.
+    unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(first, count)) }
+}
+
 /// The bits of the lines that bytes `from` to `to` of a page (inclusive) lie in.
 fn mask(from: u64, to: u64) -> u64 {
     let (first, last) = (from / LINE, to / LINE);
@@ -34,7 +49,8 @@ impl CodeLines {
     pub fn new(start: u64, size: u64) -> Self {
         let first = start / PAGE;
         let count = (start + size).div_ceil(PAGE) - first;
-        Self { start: first, pages: (0..count).map(|_| Page::default()).collect(), generation: AtomicU64::new(0) }
+        let count = usize::try_from(count).expect("RAM is mapped, so its pages are countable");
+        Self { start: first, pages: zeroed(count), generation: AtomicU64::new(0) }
     }
 
     fn page(&self, address: u64) -> Option<&Page> {

@@ -8,6 +8,7 @@
 
 pub mod backend;
 pub mod boot;
+mod burst;
 pub mod code_lines;
 pub mod debug;
 pub mod demo;

@@ -1,5 +1,5 @@
 //! Counters of a VM: exits by kind and hypercalls by kind, per vCPU. Queued port writes count for the vCPU whose
-//! thread took them from the queue.
+//! thread took them from the queue, and port accesses that a burst answered count like exits.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
 use crate::backend::{Exit, GuestDebug, Vcpu};
+use crate::burst::{Burst, ticks};
 use crate::debug::engine::{Command, End, Plan};
 use crate::debug::stop::{Event, StopReason};
 use crate::debug::watching::Watching;
@@ -36,6 +37,8 @@ pub struct Context {
     pub(crate) debug: GuestDebug,
     /// What it knows of watchpoints.
     pub(crate) watching: Watching,
+    /// How it saves exits.
+    pub(crate) burst: Burst,
 }
 
 #[derive(Clone, Copy)]
@@ -62,6 +65,7 @@ impl Context {
             armed: None,
             debug: GuestDebug::default(),
             watching: Watching::default(),
+            burst: Burst::default(),
         }
     }
 }
@@ -173,7 +177,10 @@ impl<'a> Seat<'a> {
     }
 
     fn run_guest(&mut self) -> Result<()> {
-        if self.resume_call()? == Flow::Leave || self.leave_site()? == Flow::Leave {
+        if self.bring_text_out()? == Flow::Leave
+            || self.resume_call()? == Flow::Leave
+            || self.leave_site()? == Flow::Leave
+        {
             return Ok(());
         }
         loop {
@@ -184,12 +191,26 @@ impl<'a> Seat<'a> {
                 self.run_watched()?
             } else {
                 self.arm()?;
-                let exit = self.context().cpu.run()?;
-                self.handle(exit)?
+                self.run_once()?
             };
             if flow == Flow::Leave {
                 return Ok(());
             }
+        }
+    }
+
+    /// Runs the guest until an exit and answers that.
+    fn run_once(&mut self) -> Result<Flow> {
+        if !self.machine.has_bursts() {
+            let exit = self.context().cpu.run()?;
+            return self.handle(exit);
+        }
+        let entered = ticks();
+        let exit = self.context().cpu.run()?;
+        let time = ticks().wrapping_sub(entered);
+        match self.handle(exit)? {
+            Flow::Continue => self.burst_after(exit, time),
+            Flow::Leave => Ok(Flow::Leave),
         }
     }
 

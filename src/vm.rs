@@ -35,6 +35,7 @@ use crate::stats::Stats;
 use crate::vcpu::{self, Context};
 
 pub use config::{Config, DEFAULT_MEMORY, SoftConfig, ThreadWrapper};
+pub(crate) use console::CONSOLE_PORT;
 
 /// A built machine.
 pub struct Machine {
@@ -62,6 +63,7 @@ pub struct Machine {
     resuming: Mutex<()>,
     contexts: Vec<Mutex<Option<Context>>>,
     coalesced: Option<Arc<dyn Coalesced>>,
+    has_bursts: bool,
     pump: Pump,
     backend: Mutex<Option<Arc<dyn Backend>>>,
     backend_name: &'static str,
@@ -78,6 +80,12 @@ pub struct Machine {
 impl Machine {
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether a software CPU may take over between exits.
+    #[inline]
+    pub(crate) fn has_bursts(&self) -> bool {
+        self.has_bursts
     }
 
     /// Number of vCPUs.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::memory::GuestMemory;
 use crate::registers::{FpuState, Registers, SystemRegisters};
+use crate::x86;
 
 /// What the VM asks of its back end before any vCPU exists.
 #[derive(Debug, Clone, Default)]
@@ -94,6 +95,19 @@ pub trait Vcpu: Send {
     /// Instructions that it has executed, where the back end counts them.
     fn instructions(&mut self) -> Option<u64> {
         None
+    }
+    /// The state from which a software CPU may go on in this one's place, with its vector registers if `vectors` says so
+    /// (otherwise they are marked as not available by CR0.TS). `None` if it can't: something waits to be delivered, the
+    /// mode is one that it doesn't have. Nothing is pending of an access.
+    fn lend(&mut self, vectors: bool) -> Result<Option<Box<x86::State>>> {
+        let _ = vectors;
+        Ok(None)
+    }
+    /// Takes the state back: what has changed since of general registers, flags, the interrupt shadow, and of vector
+    /// registers if they were lent.
+    fn take_back(&mut self, lent: &x86::State, state: &x86::State) -> Result<()> {
+        let _ = (lent, state);
+        Ok(())
     }
     /// Frequency of the guest's time stamp counter in kHz, if known.
     fn tsc_khz(&self) -> Option<u32>;

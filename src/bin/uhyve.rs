@@ -2,12 +2,17 @@
 //! needs no interpreter, whose start takes longer than a small guest's whole life. Everything else (other flags, a
 //! configuration file, the debugger, an error to explain) is done by the package's command line in Python, in place of
 //! this process.
+//!
+//! The entry is C's, not Rust's: what the standard library does before its `main` (the thread's stack looked up in
+//! /proc/self/maps, a handler for its overflow) costs more than everything else up to the first instruction of a guest.
+
+#![cfg_attr(not(test), no_main)]
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -38,7 +43,26 @@ struct Plain {
     args: Vec<String>,
 }
 
-fn main() -> ExitCode {
+/// Bytes by which the heap grows.
+const HEAP_STEP: libc::c_int = 1 << 20;
+
+/// Where the process begins.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main(_count: libc::c_int, _words: *const *const libc::c_char) -> libc::c_int {
+    // SAFETY: what Rust's own start does; a closed pipe is an error of the write.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    // SAFETY: no other thread is there. Heaps of single threads grow by a page protection at a time, which other CPUs
+    // have to hear of each time; one heap for all grows rarely.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TOP_PAD, HEAP_STEP);
+    }
+    // Whatever is left (the memory of the guest, above all), the kernel takes back at once.
+    std::process::exit(status().into())
+}
+
+/// The exit status.
+fn status() -> u8 {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(uhyve_core::DEFAULT_LOG)).init();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     if let Some(plain) = parse(&words).filter(|_| !is_configured())
@@ -139,7 +163,7 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
     })
 }
 
-fn run(machine: &Arc<Machine>) -> ExitCode {
+fn run(machine: &Arc<Machine>) -> u8 {
     catch_interrupts();
     let mut check =
         || if INTERRUPTED.load(Ordering::SeqCst) { Err(Error::VmState("interrupted".into())) } else { Ok(()) };
@@ -148,33 +172,33 @@ fn run(machine: &Arc<Machine>) -> ExitCode {
     match status {
         Ok(Some(Status::Ended(end))) => ended(&end),
         Err(error) if !INTERRUPTED.load(Ordering::SeqCst) => complain(&error, EXIT_HOST),
-        _ => EXIT_INTERRUPT.into(),
+        _ => EXIT_INTERRUPT,
     }
 }
 
-fn ended(end: &End) -> ExitCode {
+fn ended(end: &End) -> u8 {
     match end {
         // The operating system takes the lowest eight bits.
-        End::Exit(code) => code.to_le_bytes()[0].into(),
+        End::Exit(code) => code.to_le_bytes()[0],
         End::Crash(crash) => {
             eprintln!("uhyve: error: the guest has crashed: {crash}");
-            EXIT_CRASH.into()
+            EXIT_CRASH
         }
         End::Failed(error) => complain(error, EXIT_HOST),
-        End::Killed => EXIT_INTERRUPT.into(),
+        End::Killed => EXIT_INTERRUPT,
     }
 }
 
-fn complain(error: &Error, status: u8) -> ExitCode {
+fn complain(error: &Error, status: u8) -> u8 {
     let source = match error {
         Error::Host { source, .. } | Error::Hypervisor { source, .. } => Some(source),
         _ => None,
     };
     if source.is_some_and(|s| s.kind() == std::io::ErrorKind::BrokenPipe) {
-        return EXIT_PIPE.into();
+        return EXIT_PIPE;
     }
     eprintln!("uhyve: error: {error}");
-    status.into()
+    status
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -195,13 +219,13 @@ fn catch_interrupts() {
 }
 
 /// The same command in Python: the interpreter beside this file, or the first in PATH.
-fn python(words: &[OsString]) -> ExitCode {
+fn python(words: &[OsString]) -> u8 {
     let folder = std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_path_buf)).unwrap_or_default();
     let beside = ["python", "python3"].map(|name| folder.join(name)).into_iter().find(|path| path.exists());
     let interpreter = beside.unwrap_or_else(|| "python3".into());
     let error = Command::new(&interpreter).args(["-P", "-m", "uhyve"]).args(words).exec();
     eprintln!("uhyve: error: can't start {}: {error}", interpreter.display());
-    EXIT_HOST.into()
+    EXIT_HOST
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Image {
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         match read_file(path) {
-            Ok(bytes) => Self::from_bytes(&name, bytes),
+            Ok(bytes) => Self::from_shared(&name, bytes),
             Err(source) => Err(Error::Image { image: name, source }),
         }
     }
@@ -45,16 +45,20 @@ impl Image {
     /// # Errors
     /// [`Error::Image`], with that name.
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
+        Self::from_shared(name, bytes.into())
+    }
+
+    fn from_shared(name: &str, bytes: Arc<[u8]>) -> Result<Self> {
         Self::parse(name, bytes).map_err(|source| Error::Image { image: name.to_owned(), source })
     }
 
-    fn parse(name: &str, bytes: Vec<u8>) -> elf::Result<Self> {
+    fn parse(name: &str, bytes: Arc<[u8]>) -> elf::Result<Self> {
         let name = name.to_owned();
         if bytes.starts_with(&GZIP_MAGIC) {
             let Archive { files, config, kernel } = Archive::unpack(&bytes, SIZE_LIMIT)?;
             return Ok(Self { name, elf: Elf::parse(&kernel)?, kernel, files, config: Some(config) });
         }
-        Ok(Self { name, elf: Elf::parse(&bytes)?, kernel: bytes.into(), files: Vec::new(), config: None })
+        Ok(Self { name, elf: Elf::parse(&bytes)?, kernel: bytes, files: Vec::new(), config: None })
     }
 
     /// What the user called it.
@@ -123,20 +127,21 @@ impl Image {
     }
 }
 
-/// Reads a regular file; a FIFO or a device could block or never end.
-fn read_file(path: &Path) -> elf::Result<Vec<u8>> {
+/// Reads a regular file (a FIFO or a device could block or never end) to where it stays: images are large.
+fn read_file(path: &Path) -> elf::Result<Arc<[u8]>> {
     let metadata = std::fs::metadata(path)?;
     if !metadata.is_file() {
         return Err(malformed("the image is not a regular file"));
     }
-    let mut bytes = Vec::new();
-    File::open(path)?.take(SIZE_LIMIT + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > SIZE_LIMIT {
+    if metadata.len() > SIZE_LIMIT {
         return Err(malformed(format!("the image has {} bytes, the limit is {SIZE_LIMIT}", metadata.len())));
     }
-    if bytes.is_empty() {
+    let length = usize::try_from(metadata.len()).expect("below the limit");
+    if length == 0 {
         return Err(ImageError::Truncated { what: "the ELF header", needed: 64, available: 0 });
     }
+    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, length).collect();
+    File::open(path)?.read_exact(Arc::get_mut(&mut bytes).expect("nobody else has it yet"))?;
     Ok(bytes)
 }
 

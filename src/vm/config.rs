@@ -92,7 +92,7 @@ impl SoftConfig {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let options = SoftOptions {
             seed: self.seed.unwrap_or(0),
-            random: self.seed.unwrap_or_else(|| if choice.name == "soft" { chance() } else { 0 }),
+            random: self.seed.unwrap_or_else(chance),
             quantum: self.quantum.unwrap_or(0),
             clock: self.clock.unwrap_or_default(),
             epoch: if self.seed.is_some() { SEEDED_EPOCH } else { now.as_secs() },

@@ -15,7 +15,7 @@ use crate::vcpu;
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
 
 /// The console's byte port of interface 1: most exits of a booting kernel are its messages, byte by byte.
-pub(super) const CONSOLE_PORT: u16 = uhyve_interface::v1::HypercallAddress::Uart as u16;
+pub(crate) const CONSOLE_PORT: u16 = uhyve_interface::v1::HypercallAddress::Uart as u16;
 /// How often queued port writes are looked for while no exit takes them.
 const DRAIN_EVERY: Duration = Duration::from_millis(20);
 
@@ -84,7 +84,7 @@ impl Machine {
     /// exits, and the beginning of a line that does not end.
     pub(super) fn spawn_pump(self: &Arc<Self>) -> Result<()> {
         let machine = self.clone();
-        let every = self.coalesced.is_some().then_some(DRAIN_EVERY);
+        let every = (self.coalesced.is_some() && !self.has_bursts).then_some(DRAIN_EVERY);
         if every.is_none() || self.console.is_callback() {
             let pump = self.pump.clone();
             self.console.set_notifier(Box::new(move || pump.wake()));

@@ -48,9 +48,22 @@ impl Machine {
         let tree = boot::device_tree_size(&parameters)?;
         let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut chance)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
-        let coalesced_ports = vec![(CONSOLE_PORT, 1), (pci::ADDRESS, 4)];
+        // Bursts are for one vCPU, whose memory no other changes meanwhile, and leave hits and steps to KVM. They need an
+        // exit to begin with, where the queue makes none.
+        let is_native = choice.name == "kvm" && backend::kvm::probe::is_native()?;
+        let has_bursts = is_native && cpus == 1 && !debugging;
+        let mut coalesced_ports = vec![(pci::ADDRESS, 4)];
+        if !has_bursts {
+            coalesced_ports.push((CONSOLE_PORT, 1));
+        }
         let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, soft };
-        let backend = backend::open(choice.name, &memory, &options)?;
+        let backend = match backend::open(choice.name, &memory, &options) {
+            Err(error) if config.backend == "auto" && choice.name == "kvm" => {
+                log::info!("back end soft: KVM is there, and fails: {error}");
+                backend::open("soft", &memory, &options)?
+            }
+            opened => opened?,
+        };
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
         enter_image(&boot::load(&image, &layout, &memory, &parameters)?, &mut vcpus)?;
@@ -71,6 +84,7 @@ impl Machine {
             controller: Mutex::new(None),
             resuming: Mutex::new(()),
             coalesced: backend.coalesced(),
+            has_bursts: has_bursts && backend.name() == "kvm",
             pump: Pump::default(),
             contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
             backend_name: backend.name(),

@@ -73,6 +73,8 @@ pub(super) struct Block {
     pub slow: Box<[Decoded]>,
     /// Calls of vector operations.
     pub vectors: Box<[VectorCall]>,
+    /// What it was made from, if another CPU may change it unseen.
+    pub code: Box<[u8]>,
 }
 
 impl Block {
@@ -91,6 +93,7 @@ impl Block {
             _ops: ops,
             slow: tables.slow.into_boxed_slice(),
             vectors: tables.vectors.into_boxed_slice(),
+            code: Box::default(),
         })
     }
 }
@@ -153,6 +156,11 @@ impl Cache {
     /// The block at that address.
     pub fn get(&mut self, rip: u64, physical: u64, is_single: bool) -> Option<*mut Block> {
         self.blocks.get_mut(&key(rip, physical, is_single)).map(|block| &raw mut **block)
+    }
+
+    /// Drops the block at that address.
+    pub fn remove(&mut self, rip: u64, physical: u64, is_single: bool) {
+        self.blocks.remove(&key(rip, physical, is_single));
     }
 
     /// Keeps a block.

@@ -8,7 +8,7 @@ use super::cpu::CpuExit;
 use super::mmu::{Mmu, Mode, Watched};
 use super::operand::Machine;
 use super::platform::{Platform, Reply};
-use super::privileged::System;
+use super::privileged::{System, needs_machine};
 use super::state::{DeviceAccess, Fault, State};
 use super::string::CHUNK;
 use super::{MAX_LENGTH, Outcome, checks_alignment, decode, execute_family};
@@ -45,6 +45,8 @@ pub(super) struct Core {
     pub devices: Devices,
     /// Leave at INT3.
     pub stop_at_int3: bool,
+    /// Leave what another CPU has to do: [`Cpu::lend`](super::Cpu::lend).
+    pub is_lent: bool,
     /// What hooks will be told of, while there are any.
     pub trace: Option<Vec<Watched>>,
     /// An exit that the instruction asks for after it has retired.
@@ -59,6 +61,7 @@ impl Core {
             state: State::default(),
             devices: Devices::default(),
             stop_at_int3: false,
+            is_lent: false,
             trace: None,
             exit: None,
             decoded: vec![None; DECODED].into_boxed_slice(),
@@ -125,6 +128,9 @@ impl Core {
         let instruction = &decoded.instruction;
         let code = &decoded.code[..instruction.len()];
         let traps = self.state.core.registers.rflags & RFLAGS_TF != 0;
+        if self.is_lent && (traps || is_foreign(instruction)) {
+            return Slow::Exit(CpuExit::Foreign(None));
+        }
         let had_shadow = std::mem::take(&mut self.state.interrupt_shadow);
         (self.devices, self.exit) = (Devices::default(), None);
         let outcome = self.execute(instruction, code, platform);
@@ -153,6 +159,9 @@ impl Core {
                     return Slow::Exit(read_exit(&access));
                 }
                 self.give_up(had_shadow);
+                if self.is_lent {
+                    return Slow::Exit(CpuExit::Foreign(None));
+                }
                 self.raise(Fault::plain(6))
             }
         }
@@ -173,7 +182,7 @@ impl Core {
             Ok(true) => Outcome::Done,
             Ok(false) => {
                 self.state.core.registers = before;
-                let (cpu, mut bus) = self.bus(Some(platform));
+                let (cpu, mut bus) = self.operand_bus(platform);
                 execute_family(cpu, &mut bus, instruction, code)
             }
             Err(outcome) => {
@@ -203,6 +212,11 @@ impl Core {
             checks_alignment,
         };
         (&mut state.core, bus)
+    }
+
+    /// The bus for memory operands: a lent CPU has no devices there.
+    fn operand_bus<'a>(&'a mut self, platform: &'a mut (dyn Platform + 'a)) -> (&'a mut super::CpuState, CoreBus<'a>) {
+        if self.is_lent { self.bus(None) } else { self.bus(Some(platform)) }
     }
 
     /// After an instruction: its writes to devices, what it changed in the mode, and the trap that TF asks for.
@@ -248,6 +262,9 @@ impl Core {
 
     /// Delivers an exception of the instruction at RIP.
     pub fn raise(&mut self, fault: Fault) -> Slow {
+        if self.is_lent {
+            return Slow::Exit(CpuExit::Foreign(Some(fault)));
+        }
         let is_fault = !matches!(fault.vector, 1 | 3 | 4);
         let flags = self.state.core.registers.rflags | if is_fault { RFLAGS_RF } else { 0 };
         if self.deliver_exception(fault, flags) { Slow::Delivered } else { Slow::Exit(CpuExit::Shutdown) }
@@ -261,9 +278,25 @@ impl Core {
         code: &[u8],
         act: impl FnOnce(&mut Machine) -> R,
     ) -> R {
-        let (cpu, mut bus) = self.bus(Some(platform));
+        let (cpu, mut bus) = self.operand_bus(platform);
         act(&mut Machine { cpu, bus: &mut bus, instruction, code })
     }
+}
+
+/// Whether a lent CPU leaves the instruction to its owner.
+fn is_foreign(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    let is_own = matches!(instruction.mnemonic(), M::Cli | M::Sti | M::Popfq | M::Popf | M::In | M::Out | M::Enter);
+    shows_machine(instruction) || needs_machine(instruction) && !is_own
+}
+
+/// Whether an instruction shows or changes what the CPU has not got in its registers: the time, chance, XCR0.
+pub(super) fn shows_machine(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    let mnemonic = instruction.mnemonic();
+    matches!(mnemonic, M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdrand | M::Rdseed | M::Xgetbv | M::Wrfsbase | M::Wrgsbase)
+        || matches!(mnemonic, M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64)
+        || matches!(mnemonic, M::Xsaves | M::Xsaves64 | M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64)
 }
 
 /// INS and OUTS retire element by element.

@@ -58,6 +58,9 @@ pub enum CpuExit {
         /// Bytes, up to 8.
         size: usize,
     },
+    /// The CPU is lent ([`Cpu::lend`]), and the instruction at RIP is its owner's to execute; nothing of it is done. With
+    /// the exception that it raises, if it is one that this CPU knows.
+    Foreign(Option<Fault>),
     /// HLT has retired; [`Cpu::run`] returns this again until an interrupt is pending (and enabled).
     Halted,
     /// RIP is at one of [`DebugOptions::breakpoints`].
@@ -441,6 +444,15 @@ impl Cpu {
     /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
     pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
         self.engine.core.set_msr(index, value)
+    }
+
+    /// Goes on from the state of another CPU that uses the same memory, until [`CpuExit::Foreign`]: at an exception, at a
+    /// device in memory or a port that the platform does not own, and at every instruction that changes or shows more
+    /// than general registers, flags, memory, and x87 and vector registers. Code is looked at anew, since the other CPU may
+    /// have changed it, and translations too.
+    pub fn lend(&mut self, state: &State) {
+        self.engine.core.is_lent = true;
+        self.restore(state);
     }
 
     /// A copy of all architectural state.

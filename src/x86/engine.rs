@@ -270,7 +270,6 @@ impl Engine {
     }
 
     /// The place of an address in the jump cache.
-    /// The place of an address in the jump cache.
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)]
     fn jump_slot(rip: u64) -> usize {
@@ -317,6 +316,28 @@ impl Engine {
         block
     }
 
+    /// Whether these bytes, which are some, are still at a place in RAM.
+    fn has_code(&self, physical: u64, code: &[u8]) -> bool {
+        let Some(host) = self.core.mmu.host(physical, code.len() as u64) else { return false };
+        let mut bytes = [0; 64];
+        let is_same = |(number, piece): (usize, &[u8])| {
+            // SAFETY: a piece of what `host` is valid for, which nobody refers to; it fits the buffer.
+            unsafe { std::ptr::copy_nonoverlapping(host.add(64 * number), bytes.as_mut_ptr(), piece.len()) };
+            bytes[..piece.len()] == *piece
+        };
+        !code.is_empty() && code.chunks(64).enumerate().all(is_same)
+    }
+
+    /// The bytes of code at a place in RAM.
+    fn code(&self, physical: u64, length: u64) -> Box<[u8]> {
+        let mut bytes = vec![0; usize::try_from(length).expect("at most a page")];
+        if let Some(host) = self.core.mmu.host(physical, length) {
+            // SAFETY: RAM of that length, which nobody refers to.
+            unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
+        }
+        bytes.into()
+    }
+
     #[inline(never)]
     fn look_up(&mut self, is_single: bool) -> *mut Block {
         let rip = self.rip;
@@ -325,7 +346,13 @@ impl Engine {
         }
         let Ok(physical) = self.core.mmu.translate_code(rip) else { return std::ptr::null_mut() };
         if let Some(block) = self.cache.get(rip, physical, is_single) {
-            return block;
+            // SAFETY: the cache keeps it.
+            let known = unsafe { &*block };
+            if !self.core.is_lent || self.has_code(physical, &known.code) {
+                return block;
+            }
+            self.cache.remove(rip, physical, is_single);
+            self.core.mmu.next_generation();
         }
         if self.cache.is_full() {
             self.cache.clear();
@@ -337,6 +364,9 @@ impl Engine {
             return std::ptr::null_mut();
         };
         block.is_single = is_single;
+        if self.core.is_lent {
+            block.code = self.code(physical, block.length);
+        }
         let lines = self.core.mmu.memory.code_lines();
         if lines.add(physical, block.length.max(1)) {
             // Our own news; nobody else's is missed, as only one thread at a time runs CPUs of this memory.

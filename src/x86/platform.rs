@@ -37,6 +37,12 @@ pub trait Platform {
     /// [`CpuExit::PortOut`](super::CpuExit::PortOut).
     fn port_write(&mut self, port: u16, data: &[u8], now: u64) -> Reply;
 
+    /// Whether a lent CPU may access a port; if not, it leaves it to its owner.
+    fn owns_port(&mut self, port: u16, size: usize, is_in: bool) -> bool {
+        let _ = (port, size, is_in);
+        false
+    }
+
     /// A read of `data.len()` bytes (up to 8) at a guest-physical address that is not RAM.
     fn mmio_read(&mut self, address: u64, data: &mut [u8], now: u64) -> Reply;
 

@@ -3,6 +3,7 @@
 use iced_x86::{Mnemonic, OpKind};
 
 use super::Outcome;
+use super::cpu::CpuExit;
 use super::flags::{DF, mask};
 use super::operand::{Address, Step};
 use super::privileged::{GENERAL_PROTECTION, System};
@@ -23,6 +24,10 @@ impl System<'_> {
             _ => self.instruction.immediate8().into(),
         };
         self.check_port(port, size)?;
+        if self.core.is_lent && !u16::try_from(port).is_ok_and(|port| self.platform.owns_port(port, size, is_in)) {
+            self.core.exit = Some(CpuExit::Foreign(None));
+            return Err(Outcome::Unsupported);
+        }
         if is_in {
             let value = self.read_port(port, size)?;
             return self.machine(|m| m.write(0, size, value));

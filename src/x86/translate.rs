@@ -7,7 +7,7 @@ use iced_x86::{
 
 use super::MAX_LENGTH;
 use super::block::{Block, Handler, LONGEST, Op, Tables};
-use super::core::Decoded;
+use super::core::{Decoded, shows_machine};
 use super::engine::{FS, GS, START, ZERO};
 use super::mmu::{Mmu, PAGE};
 use super::operand::slot;
@@ -133,10 +133,7 @@ impl Builder {
         if let Some(end) = self.branch(i, before) {
             return Made::End(end);
         }
-        if i.flow_control() != FlowControl::Next
-            || needs_machine(i)
-            || matches!(i.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp)
-        {
+        if i.flow_control() != FlowControl::Next || needs_machine(i) || shows_machine(i) {
             return Made::End(self.op(redo));
         }
         if does_nothing(i) {

@@ -5,6 +5,7 @@ mod coalesced;
 pub mod convert;
 pub mod cpuid;
 pub mod kick;
+mod lend;
 pub mod probe;
 pub mod vcpu;
 

@@ -19,6 +19,7 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::registers::{FpuState, Registers, SystemRegisters};
+use crate::x86;
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1;
@@ -79,6 +80,10 @@ impl KvmVcpu {
             .set_mp_state(kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE })
             .map_err(failed("KVM_SET_MP_STATE"))?;
         Ok(vcpu)
+    }
+
+    pub(super) fn fd(&self) -> &VcpuFd {
+        &self.fd
     }
 
     fn page(&mut self) -> &mut kvm_run {
@@ -385,6 +390,14 @@ impl Vcpu for KvmVcpu {
     fn xcr0(&mut self) -> Result<u64> {
         let xcrs = self.fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
         Ok(xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(1, |x| x.value))
+    }
+
+    fn lend(&mut self, vectors: bool) -> Result<Option<Box<x86::State>>> {
+        self.lend_state(vectors)
+    }
+
+    fn take_back(&mut self, lent: &x86::State, state: &x86::State) -> Result<()> {
+        self.take_state_back(lent, state)
     }
 
     fn tsc_khz(&self) -> Option<u32> {

@@ -94,7 +94,9 @@ impl SoftVcpu {
     /// The exit for the VMM, if it is one.
     fn exit(&self, exit: CpuExit) -> Option<Exit> {
         Some(match exit {
-            CpuExit::Budget | CpuExit::Interrupted | CpuExit::Platform | CpuExit::Halted => return None,
+            CpuExit::Budget | CpuExit::Interrupted | CpuExit::Platform | CpuExit::Halted | CpuExit::Foreign(_) => {
+                return None;
+            }
             CpuExit::PortOut { port, size, value } => Exit::IoOut { port, size, count: 1, value },
             CpuExit::PortIn { port, size } => Exit::IoIn { port, size, count: 1 },
             CpuExit::MmioRead { address, size } => Exit::MmioRead { address, size },

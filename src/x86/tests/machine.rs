@@ -65,6 +65,10 @@ impl Platform for Board {
         if self.leave { Reply::Leave } else { Reply::Done }
     }
 
+    fn owns_port(&mut self, port: u16, _size: usize, _is_in: bool) -> bool {
+        port < self.vmm_ports
+    }
+
     fn mmio_read(&mut self, _address: u64, _data: &mut [u8], _now: u64) -> Reply {
         Reply::Unknown
     }

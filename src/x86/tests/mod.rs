@@ -6,6 +6,7 @@ mod behaviour;
 mod compare;
 mod differential;
 mod inventory;
+mod lent;
 mod machine;
 mod native;
 mod random;

@@ -1,0 +1,257 @@
+//! Bursts. Exits come in runs: a message to the console is one for each byte, a search for PCI devices two for each
+//! place. After such an exit a software CPU goes on from the vCPU's state for some thousand instructions, as long as it meets more of the same, and
+//! each of them costs it next to nothing. At anything else (an exception, a device, the time, an instruction that changes
+//! more than registers and memory) it stops before that instruction, and KVM goes on.
+//!
+//! Interrupts wait until the burst is over, which is soon. [`Worth`] measures what an exit costs on this machine and what
+//! it costs in a burst, and leaves bursts alone for a while where they don't pay.
+
+use std::sync::OnceLock;
+
+use crate::backend::Exit;
+use crate::devices::pci;
+use crate::error::{Error, Result};
+use crate::hypercall::Kind;
+use crate::stats::ExitKind;
+use crate::vcpu::{Flow, Seat};
+use crate::vm::{CONSOLE_PORT, Machine};
+use crate::x86::{Cpu, CpuExit, MsrReply, Platform, Reply};
+
+/// Instructions without a port access after which a burst ends.
+const PORT_GAP: u64 = 2_000;
+/// The most instructions of a burst: interrupts wait for so long.
+const LONGEST: u64 = 200_000;
+/// The vector of #NM.
+const NOT_AVAILABLE: u8 = 7;
+
+/// What a vCPU keeps for bursts.
+#[derive(Default)]
+pub(crate) struct Burst {
+    cpu: Option<Box<Cpu>>,
+    worth: Worth,
+    /// Console bytes that the sink has not taken: they go before the guest does.
+    text: Vec<u8>,
+    /// The last burst needed the vector registers; the next one probably does.
+    uses_vectors: bool,
+}
+
+/// Whether bursts pay here, by the time stamp counter.
+#[derive(Default)]
+struct Worth {
+    /// Port exits that were measured, and their time.
+    exits: u64,
+    exits_time: u64,
+    /// Port accesses in bursts, and the time of those bursts.
+    accesses: u64,
+    bursts_time: u64,
+    /// Exits for which no burst is tried, and how many it will be the next time.
+    pause: u64,
+    next_pause: u64,
+}
+
+/// Exits that are measured before the first burst.
+const SAMPLE: u64 = 8;
+/// Accesses in bursts before these are judged.
+const ENOUGH: u64 = 256;
+const FIRST_PAUSE: u64 = 256;
+const LONGEST_PAUSE: u64 = 1 << 16;
+
+impl Worth {
+    /// Notes the time of an exit, from the entry before it; whether a burst may follow.
+    fn exit(&mut self, time: u64) -> bool {
+        if self.exits < SAMPLE {
+            self.exits += 1;
+            self.exits_time = self.exits_time.saturating_add(time);
+            return false;
+        }
+        if self.pause > 0 {
+            self.pause -= 1;
+            return false;
+        }
+        true
+    }
+
+    /// Notes a burst, and judges.
+    fn burst(&mut self, accesses: u64, time: u64) {
+        self.accesses += accesses;
+        self.bursts_time = self.bursts_time.saturating_add(time);
+        if self.accesses < ENOUGH && self.bursts_time < ENOUGH.saturating_mul(self.exits_time / SAMPLE) {
+            return;
+        }
+        let pays = self.bursts_time / self.accesses.max(1) < self.exits_time / SAMPLE;
+        (self.accesses, self.bursts_time) = (0, 0);
+        if pays {
+            self.next_pause = FIRST_PAUSE;
+        } else {
+            self.pause = self.next_pause.max(FIRST_PAUSE);
+            self.next_pause = (self.pause * 2).min(LONGEST_PAUSE);
+            // The next sample is as near in time to what it is compared with.
+            (self.exits, self.exits_time) = (0, 0);
+        }
+    }
+}
+
+/// The ports that a burst answers itself.
+struct Ports<'a> {
+    machine: &'a Machine,
+    number: u32,
+    text: &'a mut Vec<u8>,
+    accesses: u64,
+}
+
+impl Platform for Ports<'_> {
+    fn owns_port(&mut self, port: u16, size: usize, is_in: bool) -> bool {
+        pci::is_pci(port) || port == CONSOLE_PORT && size == 1 && !is_in && !self.machine.catches(port.into())
+    }
+
+    fn port_read(&mut self, port: u16, data: &mut [u8], _now: u64) -> Reply {
+        let Ok(size) = u8::try_from(data.len().min(4)) else { return Reply::Unknown };
+        data.copy_from_slice(&self.machine.pci.read(port, size)[..usize::from(size)]);
+        self.accesses += 1;
+        self.machine.stats.count(self.number, ExitKind::PciRead);
+        Reply::Done
+    }
+
+    fn port_write(&mut self, port: u16, data: &[u8], _now: u64) -> Reply {
+        self.accesses += 1;
+        if port == CONSOLE_PORT {
+            self.text.extend_from_slice(data);
+            self.machine.stats.count_hypercall(self.number, Kind::SerialWriteByte);
+            return Reply::Done;
+        }
+        let mut value = [0; 4];
+        let length = data.len().min(4);
+        value[..length].copy_from_slice(&data[..length]);
+        let size = u8::try_from(length).expect("at most four");
+        self.machine.pci.write(port, size, u32::from_le_bytes(value));
+        self.machine.stats.count(self.number, ExitKind::PciWrite);
+        Reply::Done
+    }
+
+    fn mmio_read(&mut self, _address: u64, _data: &mut [u8], _now: u64) -> Reply {
+        Reply::Unknown
+    }
+
+    fn mmio_write(&mut self, _address: u64, _data: &[u8], _now: u64) -> Reply {
+        Reply::Unknown
+    }
+
+    fn read_msr(&mut self, _index: u32, _now: u64) -> MsrReply {
+        MsrReply::Refused
+    }
+
+    fn write_msr(&mut self, _index: u32, _value: u64, _now: u64) -> MsrReply {
+        MsrReply::Refused
+    }
+
+    fn tsc(&mut self, _now: u64) -> u64 {
+        0
+    }
+
+    fn pending_interrupt(&mut self, _now: u64) -> Option<u8> {
+        None
+    }
+
+    fn acknowledge_interrupt(&mut self, _vector: u8, _now: u64) {}
+
+    fn task_priority(&mut self) -> u8 {
+        0
+    }
+
+    fn set_task_priority(&mut self, _priority: u8, _now: u64) {}
+}
+
+/// The time stamp counter.
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: every x86-64 processor has it; where it is disabled for user programs, nothing of Linux's runs either.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+/// Whether this processor means by LZCNT and TZCNT what the software CPU does; older ones take them for BSR and BSF.
+fn counts_zeros() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| std::is_x86_feature_detected!("lzcnt") && std::is_x86_feature_detected!("bmi1"))
+}
+
+impl Seat<'_> {
+    /// Goes on in a burst after an exit that was answered, if that may be and pays; `time` is how long it took from entry
+    /// to exit.
+    pub(crate) fn burst_after(&mut self, exit: Exit, time: u64) -> Result<Flow> {
+        let is_port = match exit {
+            Exit::IoIn { port, count: 1, .. } => pci::is_pci(port),
+            Exit::IoOut { port, count: 1, .. } => pci::is_pci(port) || port == CONSOLE_PORT,
+            _ => false,
+        };
+        let machine = self.machine;
+        if !is_port || machine.generation() != 0 || !self.context().calls.is_empty() || !counts_zeros() {
+            return Ok(Flow::Continue);
+        }
+        if !self.context().burst.worth.exit(time) {
+            return Ok(Flow::Continue);
+        }
+        self.settle_io()?;
+        self.burst()?;
+        self.bring_text_out()
+    }
+
+    /// One burst.
+    fn burst(&mut self) -> Result<()> {
+        let start = ticks();
+        let mut cpu = match self.context().burst.cpu.take() {
+            Some(cpu) => cpu,
+            None => Box::new(Cpu::new(&self.machine.memory)),
+        };
+        let vectors = self.context().burst.uses_vectors;
+        let done = self.burst_on(&mut cpu, vectors);
+        let burst = &mut self.context().burst;
+        burst.cpu = Some(cpu);
+        burst.worth.burst(done?, ticks().wrapping_sub(start));
+        Ok(())
+    }
+
+    /// Runs the software CPU; returns how many port accesses it made.
+    fn burst_on(&mut self, cpu: &mut Cpu, vectors: bool) -> Result<u64> {
+        let Some(lent) = self.context().cpu.lend(vectors)? else { return Ok(0) };
+        let (machine, number) = (self.machine, self.number);
+        let mut text = std::mem::take(&mut self.context().burst.text);
+        cpu.lend(&lent);
+        let mut ports = Ports { machine, number, text: &mut text, accesses: 0 };
+        let exit = execute(cpu, &mut ports, PORT_GAP, || machine.engine.is_requested(number));
+        let accesses = ports.accesses;
+        self.context().burst.text = text;
+        let state = cpu.snapshot();
+        self.context().cpu.take_back(&lent, &state)?;
+        let needs_vectors = !vectors && matches!(exit, CpuExit::Foreign(Some(fault)) if fault.vector == NOT_AVAILABLE);
+        self.context().burst.uses_vectors = needs_vectors || vectors && state.core.fpu != lent.core.fpu;
+        Ok(if needs_vectors { accesses + self.burst_on(cpu, true)? } else { accesses })
+    }
+
+    /// Gives the console what bursts have written. [`Flow::Leave`]: it takes no more, and the vCPU is asked to stop.
+    pub(crate) fn bring_text_out(&mut self) -> Result<Flow> {
+        if self.context().burst.text.is_empty() {
+            return Ok(Flow::Continue);
+        }
+        let (machine, number) = (self.machine, self.number);
+        let written = machine.console.write(&self.context().burst.text, &|| machine.engine.is_requested(number));
+        match written {
+            Ok(()) => self.context().burst.text.clear(),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return Ok(Flow::Leave),
+            Err(source) => {
+                return Err(Error::Host { what: "a host call on behalf of the guest failed".into(), source });
+            }
+        }
+        Ok(Flow::Continue)
+    }
+}
+
+/// Executes until something foreign, or until nothing has come of `gap` instructions.
+fn execute(cpu: &mut Cpu, ports: &mut Ports, gap: u64, is_asked: impl Fn() -> bool) -> CpuExit {
+    loop {
+        let before = ports.accesses;
+        let exit = cpu.run(ports, gap);
+        let goes_on = matches!(exit, CpuExit::Budget) && ports.accesses != before;
+        if !goes_on || cpu.instructions() >= LONGEST || is_asked() {
+            return exit;
+        }
+    }
+}
