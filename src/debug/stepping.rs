@@ -14,7 +14,7 @@ use super::watchpoints::Touch;
 use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
 use crate::error::{CrashReason, Result};
 use crate::paging::{self, PagingMode};
-use crate::registers::{RFLAGS_RF, RFLAGS_TF, RSP, Registers};
+use crate::registers::{RCX, RFLAGS_RF, RFLAGS_TF, RSP, Registers};
 use crate::vcpu::{self, Flow, Seat};
 use crate::x86;
 
@@ -362,7 +362,13 @@ impl Seat<'_> {
             self.give_trap(&code, &before)?;
         }
         self.context().armed = None;
-        let moved = self.context().cpu.registers()?.rip != pc;
+        let mut after = self.context().cpu.registers()?;
+        if after.rip == pc && is_repeated(&code) && before.general[RCX] != 0 && after.general[RCX] == 0 {
+            // Some CPUs find out only in another step that nothing is left.
+            after.rip = pc.wrapping_add(x86::length(&code).unwrap_or(0) as u64);
+            self.context().cpu.set_registers(&after)?;
+        }
+        let moved = after.rip != pc;
         if let Some(expected) = expected.filter(|_| moved || flow == Flow::Continue) {
             self.note_expected(expected, &code)?;
         }
