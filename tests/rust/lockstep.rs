@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register, RflagsBits};
-use uhyve_core::backend::{Exit, GuestDebug, HardwareBreakpoint, Vcpu};
+use uhyve_core::backend::{DataAccess, Exit, GuestDebug, HardwareBreakpoint, Vcpu};
 use uhyve_core::boot::Image;
 use uhyve_core::devices::serial::Output;
 use uhyve_core::error::{Error, Result};
@@ -37,6 +37,9 @@ const CATCH_UP: usize = 4;
 const ITERATIONS: u64 = 16;
 /// TF, and RF, which a hypervisor may leave.
 const RFLAGS_OF_STEPS: u64 = 1 << 8 | 1 << 16;
+/// What an exception pushes, with an error code.
+const FRAME: u64 = 48;
+const CR4_MCE: u64 = 1 << 6;
 const RFLAGS_IOPL: u64 = 3 << 12;
 /// Accessed and dirty, in an entry of a page table.
 const ACCESSED_DIRTY: u64 = 3 << 5;
@@ -250,12 +253,14 @@ fn undefined(instruction: &Instruction) -> u64 {
 /// Whether the result is the machine's and not the CPU's.
 fn is_given(instruction: &Instruction) -> bool {
     use Mnemonic as M;
-    let is_cr8 = instruction.op_kind(1) == OpKind::Register && instruction.op_register(1) == Register::CR8;
+    // In CR4 SVM shows the host's MCE.
+    let is_register = instruction.op_count() == 2 && instruction.op_kind(1) == OpKind::Register;
+    let is_control = is_register && matches!(instruction.op_register(1), Register::CR8 | Register::CR4);
     let is_machines = matches!(
         instruction.mnemonic(),
         M::Rdtsc | M::Rdtscp | M::Rdmsr | M::In | M::Rdrand | M::Rdseed | M::Rdpmc | M::Rdpid | M::Insb | M::Insd
     );
-    is_cr8 || is_machines
+    is_control || is_machines
 }
 
 /// Whether it changes more than general registers, vectors and memory.
@@ -287,7 +292,7 @@ fn essential(s: &SystemRegisters) -> impl PartialEq + std::fmt::Debug + use<> {
     let tables = (s.gdt.base, s.gdt.limit, s.idt.base, s.idt.limit);
     let bases = (s.fs.base, s.gs.base, s.tr.base);
     // CR0.ET is fixed.
-    (selectors, tables, bases, s.cr0 | 1 << 4, s.cr2, s.cr3, s.cr4, s.efer)
+    (selectors, tables, bases, s.cr0 | 1 << 4, s.cr2, s.cr3, s.cr4 & !CR4_MCE, s.efer)
 }
 
 impl<'a> Lockstep<'a> {
@@ -345,7 +350,12 @@ impl<'a> Lockstep<'a> {
             }
             let is_exception = count == self.soft.cpu.instructions();
             self.counts.exceptions += u64::from(is_exception);
-            self.follow(&before, &accesses.memory, &code);
+            let mut written = accesses.memory.clone();
+            if is_exception {
+                let address = self.soft.registers().general[RSP];
+                written.push(DataAccess { address, length: FRAME, write: true });
+            }
+            self.follow(&before, &written, &code);
             if is_exception {
                 self.clear_saved_trap_flag();
             }
@@ -393,13 +403,16 @@ impl<'a> Lockstep<'a> {
     }
 
     /// KVM goes where ours has gone.
-    fn follow(&mut self, before: &Registers, accesses: &[uhyve_core::backend::DataAccess], code: &[u8]) {
+    fn follow(&mut self, before: &Registers, accesses: &[DataAccess], code: &[u8]) {
         let target = self.soft.registers().rip;
         // What leads into a handler or out of one is not what a trap flag follows.
         let leads_away = !(0..=15).contains(&target.wrapping_sub(before.rip));
+        // A stepped CPU pushes the trap flag.
+        let shows_flag = matches!(code, [0x9c, ..] | [0x66, 0x9c, ..]);
         let mut ends = Vec::new();
         for _ in 0..CATCH_UP {
-            match self.kvm.step(true, if leads_away { std::slice::from_ref(&target) } else { &[] }) {
+            match self.kvm.step(!shows_flag, if leads_away || shows_flag { std::slice::from_ref(&target) } else { &[] })
+            {
                 End::Stepped => {}
                 End::Guest(code) => panic!("only KVM's guest ends, with {code}"),
                 End::Unemulated => {
@@ -449,7 +462,7 @@ impl<'a> Lockstep<'a> {
     }
 
     /// KVM does not know the instruction: it gets our result.
-    fn lend(&mut self, accesses: &[uhyve_core::backend::DataAccess]) {
+    fn lend(&mut self, accesses: &[DataAccess]) {
         for access in accesses.iter().filter(|access| access.write) {
             let length = usize::try_from(access.length).unwrap();
             let Some(bytes) = self.soft.read(access.address, length) else { continue };
@@ -479,6 +492,10 @@ impl<'a> Lockstep<'a> {
         } else if is_device || is_given(instruction) {
             assert_eq!(kvm.rip, soft.rip, "{instruction}");
             assert_eq!(kvm.general[RSP], soft.general[RSP]);
+            if instruction.op_count() == 2 && instruction.op_register(1) == Register::CR4 {
+                let differing = kvm.general.iter().zip(&soft.general).fold(0, |bits, (a, b)| bits | (a ^ b));
+                assert_eq!(differing & !CR4_MCE, 0, "{instruction}");
+            }
             (soft.general, soft.rflags) = (kvm.general, kvm.rflags & !RFLAGS_OF_STEPS);
             self.soft.cpu.set_registers(&soft).unwrap();
         } else {
@@ -533,7 +550,7 @@ impl<'a> Lockstep<'a> {
     }
 
     /// What was written is the same on both.
-    fn compare_memory(&mut self, accesses: &[uhyve_core::backend::DataAccess], instruction: &Instruction) {
+    fn compare_memory(&mut self, accesses: &[DataAccess], instruction: &Instruction) {
         for access in accesses.iter().filter(|access| access.write) {
             let length = usize::try_from(access.length).unwrap();
             let pair = (self.kvm.read(access.address, length), self.soft.read(access.address, length));
