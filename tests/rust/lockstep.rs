@@ -8,7 +8,7 @@
 //! `tools/kvmbox -- env UHYVE_LOCKSTEP_IMAGE=… target/debug/deps/lockstep-… --nocapture`.
 
 // Helpers of tests unwrap as the tests do.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,6 +40,8 @@ const RFLAGS_OF_STEPS: u64 = 1 << 8 | 1 << 16;
 /// What an exception pushes, with an error code.
 const FRAME: u64 = 48;
 const CR4_MCE: u64 = 1 << 6;
+/// XSTATE_BV in an XSAVE area.
+const XSTATE_BV: u64 = 512;
 const RFLAGS_IOPL: u64 = 3 << 12;
 /// Accessed and dirty, in an entry of a page table.
 const ACCESSED_DIRTY: u64 = 3 << 5;
@@ -358,6 +360,7 @@ impl<'a> Lockstep<'a> {
             self.follow(&before, &written, &code);
             if is_exception {
                 self.clear_saved_trap_flag();
+                self.keep_stack_segment();
             }
         }
         self.give(&instruction, is_device);
@@ -444,6 +447,17 @@ impl<'a> Lockstep<'a> {
                 let mode = self.kvm.mode();
                 self.kvm.machine.view().write(&mode, word, &soft.to_le_bytes()).unwrap();
             }
+        }
+    }
+
+    /// QEMU's CPU, in the box, loads a null SS where the interrupt stack table gives the stack; CPUs do where the
+    /// privilege level changes (Intel SDM 2A, INT n, INTRA-PRIVILEGE-LEVEL-INTERRUPT).
+    fn keep_stack_segment(&mut self) {
+        let (mut kvm, soft) = (self.kvm.cpu.system_registers().unwrap(), self.soft.cpu.system_registers().unwrap());
+        if kvm.ss.selector == 0 && soft.ss.selector != 0 && kvm.cs.selector == soft.cs.selector {
+            kvm.ss = soft.ss;
+            self.kvm.cpu.set_system_registers(&kvm).unwrap();
+            *self.counts.given.entry("SS".into()).or_default() += 1;
         }
     }
 
@@ -554,7 +568,14 @@ impl<'a> Lockstep<'a> {
         for access in accesses.iter().filter(|access| access.write) {
             let length = usize::try_from(access.length).unwrap();
             let pair = (self.kvm.read(access.address, length), self.soft.read(access.address, length));
-            if let (Some(kvm), Some(soft)) = pair {
+            if let (Some(kvm), Some(mut soft)) = pair {
+                if access.length > XSTATE_BV && kvm[XSTATE_BV as usize] != soft[XSTATE_BV as usize] {
+                    // Which components are in use is the CPU's own affair (Intel SDM 1, 13.6), where all are zero.
+                    soft[XSTATE_BV as usize] = kvm[XSTATE_BV as usize];
+                    let mode = self.soft.mode();
+                    self.soft.machine.view().write(&mode, access.address, &soft).unwrap();
+                    *self.counts.given.entry("XSTATE_BV".into()).or_default() += 1;
+                }
                 assert_eq!(kvm, soft, "after {} instructions, {instruction} wrote", self.counts.compared);
                 self.counts.writes += 1;
             }
