@@ -259,7 +259,8 @@ def test_step_over_hlt_ends_behind_it(bench: Bench) -> None:
 
 def test_segment_registers_keep_their_attributes_through_writes_and_steps(bench: Bench) -> None:
     registers = bench.dbg.registers
-    names = [f"{segment}{field}" for segment in ("cs", "ss", "ds", "es", "fs", "gs", "tr") for field in ("", "_attributes", "_limit")]  # fmt: skip
+    segments, fields = ("cs", "ss", "ds", "es", "fs", "gs", "tr"), ("", "_attributes", "_limit")
+    names = [f"{segment}{field}" for segment in segments for field in fields]
     before = {name: getattr(registers, name) for name in names}
     bench.put("90 90")
     registers.fs_base, registers.gs_base = 0x1111_0000, 0xFFFF_8000_0000_0000
