@@ -250,7 +250,7 @@ fn run(random: &mut Random, vcpu: &mut SoftVcpu) -> u64 {
 
 #[test]
 fn test_random_guests_of_the_whole_machine_do_no_harm() {
-    let rounds = std::env::var("UHYVE_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(4_000u64);
+    let rounds = std::env::var("UHYVE_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(500u64);
     let mut random = Random(0x0dd_ba11_5eed);
     let mut executed = 0u128;
     for round in 0..rounds.div_ceil(500) {
