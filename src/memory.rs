@@ -48,29 +48,35 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
+/// A page on each side of RAM that nobody may touch: a bug that leaves RAM ends the process and harms nothing.
+const GUARD: usize = 4096;
+
 impl Mapping {
     fn new(length: usize) -> std::io::Result<Self> {
-        let room = length.checked_add(HUGE).ok_or(std::io::ErrorKind::InvalidInput)?;
-        let (protection, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        let room = length.checked_add(2 * HUGE).ok_or(std::io::ErrorKind::InvalidInput)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, protection, flags, -1, 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
         let start: *mut u8 = start.cast();
-        let before = start.align_offset(HUGE);
+        let before = GUARD + start.wrapping_add(GUARD).align_offset(HUGE);
+        let mapping = Self { address: start.wrapping_add(before), length };
         let after = room - before - length;
-        // SAFETY: both pieces are whole pages of the mapping just made, outside of the part that is kept.
+        // SAFETY: what lies beyond the guards is whole pages of the mapping just made, and nobody's.
         unsafe {
-            let address = start.add(before);
-            if before > 0 {
-                libc::munmap(start.cast(), before);
+            if before > GUARD {
+                libc::munmap(start.cast(), before - GUARD);
             }
-            if after > 0 {
-                libc::munmap(address.add(length).cast(), after);
+            if after > GUARD {
+                libc::munmap(mapping.address.add(length + GUARD).cast(), after - GUARD);
             }
-            Ok(Self { address, length })
+        }
+        // SAFETY: pages of the mapping just made, which is dropped if that fails.
+        match unsafe { libc::mprotect(mapping.address.cast(), length, libc::PROT_READ | libc::PROT_WRITE) } {
+            0 => Ok(mapping),
+            _ => Err(std::io::Error::last_os_error()),
         }
     }
 
@@ -85,8 +91,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new`, and whoever holds a pointer into it holds the mapping too.
-        unsafe { libc::munmap(self.address.cast(), self.length) };
+        // SAFETY: mapped in `new` with its guards, and whoever holds a pointer into it holds the mapping too.
+        unsafe { libc::munmap(self.address.wrapping_sub(GUARD).cast(), self.length + 2 * GUARD) };
     }
 }
 

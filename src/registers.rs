@@ -32,6 +32,8 @@ pub const RDI: usize = 7;
 pub const R8: usize = 8;
 /// Index of R9 in [`Registers::general`].
 pub const R9: usize = 9;
+/// Index of R11 in the general registers.
+pub const R11: usize = 11;
 
 /// The registers of the System V calling convention that carry the first six integer arguments.
 pub const ARGUMENTS: [usize; 6] = [RDI, RSI, RDX, RCX, R8, R9];

@@ -322,6 +322,9 @@ pub struct Capabilities {
     pub watchpoints: bool,
     /// Watchpoints may have any length and alignment, and be of reads alone.
     pub any_range: bool,
+    /// A step sets no trap flag that the guest could see, and ends at the first instruction of a handler where the
+    /// instruction raises an exception.
+    pub exact_steps: bool,
 }
 
 /// The back end that a VM gets, and why.

@@ -503,6 +503,7 @@ mod tests {
         hardware_breakpoints: 4,
         watchpoints: true,
         any_range: false,
+        exact_steps: false,
     };
 
     fn setup() -> (GuestMemory, Table) {

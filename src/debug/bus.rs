@@ -18,6 +18,10 @@ pub(super) struct GuestBus<'a> {
     pub user: bool,
     pub watches: &'a [Arc<Breakpoint>],
     pub recorder: Recorder,
+    /// Of a repeated string instruction, one iteration is executed.
+    pub one_iteration: bool,
+    /// Nothing is written.
+    pub is_trial: bool,
 }
 
 /// Bits of a page fault's error code (Intel SDM 3A, 4.7).
@@ -72,6 +76,9 @@ impl x86::Bus for GuestBus<'_> {
     fn write(&mut self, address: u64, data: &[u8]) -> Result<(), x86::BusError> {
         self.check(address, data.len(), true)?;
         self.note(address, data.len(), true);
+        if self.is_trial {
+            return Ok(());
+        }
         self.view.write(&self.mode, address, data).map_err(|_| x86::BusError::NotRam)
     }
 
@@ -88,8 +95,15 @@ impl x86::Bus for GuestBus<'_> {
     ) -> Result<u128, x86::BusError> {
         self.check(address, size, true)?;
         self.note(address, size, true);
+        if self.is_trial {
+            return Ok(expected);
+        }
         let page = paging::translate(self.memory, &self.mode, address).map_err(|_| x86::BusError::NotRam)?;
         self.memory.compare_exchange(page.physical, size, expected, new).ok_or(x86::BusError::NotRam)
+    }
+
+    fn one_iteration(&self) -> bool {
+        self.one_iteration
     }
 
     fn read_tsc(&mut self) -> u64 {

@@ -10,6 +10,7 @@ pub mod condition;
 pub mod dwarf;
 pub mod engine;
 mod functions;
+mod landing;
 mod lines;
 pub(crate) mod stepping;
 pub mod stop;

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::breakpoints::{Breakpoint, Hit, INT3, SiteKind};
+pub(super) use super::breakpoints::INT3;
+use super::breakpoints::{Breakpoint, Hit, SiteKind};
 use super::bus::GuestBus;
 use super::engine::Owner;
 use super::stop::{Event, StopReason};
@@ -13,7 +14,7 @@ use super::watchpoints::Touch;
 use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
 use crate::error::{CrashReason, Result};
 use crate::paging::{self, PagingMode};
-use crate::registers::{RFLAGS_RF, RFLAGS_TF, RSP, Registers};
+use crate::registers::{RCX, RFLAGS_RF, RFLAGS_TF, RSP, Registers};
 use crate::vcpu::{self, Flow, Seat};
 use crate::x86;
 
@@ -25,6 +26,8 @@ const HLT: u8 = 0xf4;
 const PUSHF: u8 = 0x9c;
 /// The vector of `int3`.
 const BREAKPOINT: u64 = 3;
+/// DR0 to DR3.
+const DEBUG_REGISTERS: usize = 4;
 
 /// Whether the instruction is a string instruction that REP repeats: it stays where it is until its count is over.
 pub(super) fn is_repeated(code: &[u8]) -> bool {
@@ -294,24 +297,17 @@ impl Seat<'_> {
     /// taken.
     pub(super) fn step_instruction(&mut self, pc: u64, hold_interrupts: bool) -> Result<Flow> {
         let code = self.code_at(pc)?;
-        if matches!(code.first(), Some(&(HLT | PUSHF))) && self.emulate(&code)? == Emulation::Done {
-            self.context().passed = None;
-            return Ok(Flow::Continue);
+        if let Some(flow) = self.step_by_emulation(&code)? {
+            return Ok(flow);
         }
         let block_interrupts = hold_interrupts && self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
         let before = self.context().cpu.registers()?;
         let expected = self.expect(&code)?;
         let mut debug = GuestDebug { single_step: true, block_interrupts, ..self.other_sites(pc)? };
-        if code.first() == Some(&INT3)
-            && let Some(handler) = self.gate(BREAKPOINT)?
-        {
-            // Entering the handler clears the trap flag, and leaves it in the frame for the guest to find.
-            debug.single_step = false;
-            debug.hardware.insert(0, HardwareBreakpoint::execute(handler));
-            debug.hardware.truncate(4);
-        }
+        self.look_out(&mut debug, &code, &before)?;
+        let keeps_trap_flag = self.restores_trap_flag(&code, &before)?;
         self.context().armed = None;
-        let mut flow = Flow::Continue;
+        let (mut flow, mut is_trapped, mut is_raised) = (Flow::Continue, false, false);
         self.context().cpu.set_guest_debug(&debug)?;
         let mut next = None;
         loop {
@@ -320,8 +316,9 @@ impl Seat<'_> {
                 None => self.context().cpu.run()?,
             };
             match exit {
-                Exit::Debug(_) => {
+                Exit::Debug(event) => {
                     self.count(crate::stats::ExitKind::Debug);
+                    is_trapped = event.single_step && event.hardware == 0;
                     break;
                 }
                 Exit::Interrupted => {
@@ -337,10 +334,17 @@ impl Seat<'_> {
                 Exit::Unemulated => {
                     self.count(crate::stats::ExitKind::Unemulated);
                     // Elsewhere it is the first instruction of an exception's handler, for the next entry to see to.
-                    if self.context().cpu.registers()?.rip == pc {
-                        flow = self.emulate_or_crash(pc)?;
+                    if is_raised || self.context().cpu.registers()?.rip != pc {
+                        break;
                     }
-                    break;
+                    let handler;
+                    (flow, handler) = self.emulate_or_crash(pc)?;
+                    let Some(handler) = handler else { break };
+                    // The exception is given: the step ends in its handler.
+                    is_raised = true;
+                    debug.hardware.insert(0, HardwareBreakpoint::execute(handler));
+                    debug.hardware.truncate(DEBUG_REGISTERS);
+                    self.context().cpu.set_guest_debug(&debug)?;
                 }
                 other => {
                     if self.handle(other)? == Flow::Leave {
@@ -353,9 +357,18 @@ impl Seat<'_> {
                 }
             }
         }
-        self.clear_trap_flag(&before, pc)?;
+        self.clear_trap_flag(&before, pc, keeps_trap_flag)?;
+        if is_trapped {
+            self.give_trap(&code, &before)?;
+        }
         self.context().armed = None;
-        let moved = self.context().cpu.registers()?.rip != pc;
+        let mut after = self.context().cpu.registers()?;
+        if after.rip == pc && is_repeated(&code) && before.general[RCX] != 0 && after.general[RCX] == 0 {
+            // Some CPUs find out only in another step that nothing is left.
+            after.rip = pc.wrapping_add(x86::length(&code).unwrap_or(0) as u64);
+            self.context().cpu.set_registers(&after)?;
+        }
+        let moved = after.rip != pc;
         if let Some(expected) = expected.filter(|_| moved || flow == Flow::Continue) {
             self.note_expected(expected, &code)?;
         }
@@ -365,8 +378,24 @@ impl Seat<'_> {
         Ok(flow)
     }
 
+    /// What a step by the trap flag would not show as it is: HLT, whose sleep it ends, PUSHF, which pushes the flag, and
+    /// on a KVM that emulates the guest's kernel the iterations of a repeated instruction.
+    fn step_by_emulation(&mut self, code: &[u8]) -> Result<Option<Flow>> {
+        let capabilities = self.machine.capabilities()?;
+        let is_iterated = is_repeated(code) && !capabilities.native_ring0 && !capabilities.exact_steps;
+        if !is_iterated && !matches!(code.first(), Some(&(HLT | PUSHF))) {
+            return Ok(None);
+        }
+        match self.emulate_part(code, is_iterated)? {
+            Emulation::Done => self.context().passed = None,
+            Emulation::Repeat => {}
+            Emulation::Fault(_) | Emulation::Unsupported => return Ok(None),
+        }
+        Ok(Some(Flow::Continue))
+    }
+
     /// Where the guest's gate for an interrupt vector leads (Intel SDM 3A, 6.14.1).
-    fn gate(&mut self, vector: u64) -> Result<Option<u64>> {
+    pub(super) fn gate(&mut self, vector: u64) -> Result<Option<u64>> {
         let system = self.context().cpu.system_registers()?;
         let mut gate = [0; 16];
         let address = system.idt.base.wrapping_add(vector * 16);
@@ -390,29 +419,37 @@ impl Seat<'_> {
         Ok(debug)
     }
 
-    fn emulate_or_crash(&mut self, pc: u64) -> Result<Flow> {
+    /// Emulates the instruction of a step; with the handler of what it raises, if that has one.
+    fn emulate_or_crash(&mut self, pc: u64) -> Result<(Flow, Option<u64>)> {
         let code = self.code_at(pc)?;
         match self.emulate(&code)? {
-            Emulation::Done | Emulation::Repeat => Ok(Flow::Continue),
+            Emulation::Done | Emulation::Repeat => Ok((Flow::Continue, None)),
             Emulation::Fault(exception) => {
                 self.context().cpu.inject(exception)?;
-                Ok(Flow::Continue)
+                Ok((Flow::Continue, self.gate(exception.vector.into())?))
             }
-            Emulation::Unsupported if code.first() == Some(&INT3) => self.foreign_int3(pc),
+            Emulation::Unsupported if code.first() == Some(&INT3) => {
+                let handler = self.gate(BREAKPOINT)?;
+                Ok((self.foreign_int3(pc)?, handler))
+            }
             Emulation::Unsupported => {
-                self.crash(CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code })
+                let crash = CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code };
+                Ok((self.crash(crash)?, None))
             }
         }
     }
 
-    /// Disarms the step; the trap flag that it set must not stay in the guest's flags.
-    fn clear_trap_flag(&mut self, before: &Registers, pc: u64) -> Result<()> {
+    /// Disarms the step; the trap flag that it set must not stay in the guest's flags, and one that the guest has set
+    /// itself must.
+    fn clear_trap_flag(&mut self, before: &Registers, pc: u64, keeps: bool) -> Result<()> {
+        let is_exact = self.machine.capabilities()?.exact_steps;
         let cpu = &mut self.context().cpu;
         cpu.set_guest_debug(&GuestDebug::default())?;
-        if before.rflags & RFLAGS_TF == 0 {
+        if before.rflags & RFLAGS_TF == 0 && !is_exact {
             let mut after = cpu.registers()?;
-            if after.rflags & RFLAGS_TF != 0 && after.rip != pc {
-                after.rflags &= !RFLAGS_TF;
+            let flag = if keeps { RFLAGS_TF } else { 0 };
+            if after.rflags & RFLAGS_TF != flag && after.rip != pc {
+                after.rflags = after.rflags & !RFLAGS_TF | flag;
                 cpu.set_registers(&after)?;
             }
             self.clear_saved_trap_flag(before, &after)?;
@@ -500,23 +537,32 @@ impl Seat<'_> {
         Ok(if view.read(&mode, pc, &mut code[..first]).is_ok() { code[..first].to_vec() } else { Vec::new() })
     }
 
+    /// The state that an instruction works on.
+    pub(super) fn emulator_state(&mut self, code: &[u8]) -> Result<x86::CpuState> {
+        let cpu = self.context().cpu.as_mut();
+        let (registers, system) = (cpu.registers()?, cpu.system_registers()?);
+        let mut state = x86::CpuState { registers, system, ..Default::default() };
+        if x86::needs(code).fpu {
+            fetch_fpu(cpu, &mut state)?;
+        }
+        Ok(state)
+    }
+
     /// Executes the instruction `code` at the program counter in the emulator, on the vCPU's real state.
     pub(super) fn emulate(&mut self, code: &[u8]) -> Result<Emulation> {
-        if code.is_empty() {
+        self.emulate_part(code, false)
+    }
+
+    /// The same; of a repeated string instruction one iteration, if so chosen.
+    fn emulate_part(&mut self, code: &[u8], one_iteration: bool) -> Result<Emulation> {
+        if code.is_empty() || self.context().cpu.registers()?.rflags & RFLAGS_TF != 0 {
             return Ok(Emulation::Unsupported);
         }
         let needs = x86::needs(code);
         let watches = self.watched();
         let machine = self.machine;
+        let mut state = self.emulator_state(code)?;
         let cpu = self.context().cpu.as_mut();
-        let registers = cpu.registers()?;
-        if registers.rflags & RFLAGS_TF != 0 {
-            return Ok(Emulation::Unsupported);
-        }
-        let mut state = x86::CpuState { registers, system: cpu.system_registers()?, ..Default::default() };
-        if needs.fpu {
-            fetch_fpu(cpu, &mut state)?;
-        }
         let before = state;
         let mode = PagingMode::from(&state.system);
         let user = state.system.cs.selector & 3 == 3;
@@ -530,7 +576,9 @@ impl Seat<'_> {
             return Ok(Emulation::Done);
         }
         let (view, memory) = (machine.view(), &machine.memory);
-        let mut bus = GuestBus { view, memory, mode, user, watches: &watches, recorder: Default::default() };
+        let recorder = Default::default();
+        let watches = &watches;
+        let mut bus = GuestBus { view, memory, mode, user, watches, recorder, one_iteration, is_trial: false };
         let outcome = x86::step_bytes(&mut state, &mut bus, code);
         if state.fpu != before.fpu {
             cpu.set_fpu(&state.fpu)?;

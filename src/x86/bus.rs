@@ -47,6 +47,8 @@ pub(super) struct CoreBus<'a> {
     pub trace: Option<&'a mut Vec<Watched>>,
     /// #AC is enabled.
     pub checks_alignment: bool,
+    /// See [`Bus::one_iteration`].
+    pub one_iteration: bool,
 }
 
 /// Bytes of an access from `address` up to the end of its page.
@@ -188,6 +190,10 @@ impl Bus for CoreBus<'_> {
 
     fn fetch(&mut self, address: u64, buffer: &mut [u8; MAX_LENGTH]) -> usize {
         fetch(self.mmu, address, buffer).unwrap_or(0)
+    }
+
+    fn one_iteration(&self) -> bool {
+        self.one_iteration
     }
 
     fn read_tsc(&mut self) -> u64 {

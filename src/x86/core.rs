@@ -47,6 +47,8 @@ pub(super) struct Core {
     pub stop_at_int3: bool,
     /// Leave what another CPU has to do: [`Cpu::lend`](super::Cpu::lend).
     pub is_lent: bool,
+    /// A debugger steps: repeated string instructions execute one iteration at a time.
+    pub is_stepped: bool,
     /// What hooks will be told of, while there are any.
     pub trace: Option<Vec<Watched>>,
     /// An exit that the instruction asks for after it has retired.
@@ -62,6 +64,7 @@ impl Core {
             devices: Devices::default(),
             stop_at_int3: false,
             is_lent: false,
+            is_stepped: false,
             trace: None,
             exit: None,
             decoded: vec![None; DECODED].into_boxed_slice(),
@@ -132,33 +135,38 @@ impl Core {
             return Slow::Exit(CpuExit::Foreign(None));
         }
         let had_shadow = std::mem::take(&mut self.state.interrupt_shadow);
+        let had_trap_shadow = std::mem::take(&mut self.state.trap_shadow);
         (self.devices, self.exit) = (Devices::default(), None);
         let outcome = self.execute(instruction, code, platform);
+        let shadows = (had_shadow, had_trap_shadow);
         match outcome {
-            Outcome::Done => self.retire(1, traps, platform),
+            Outcome::Done => {
+                let traps = self.traps_after(instruction.mnemonic(), traps);
+                self.retire(1, traps, platform)
+            }
             Outcome::Repeat => {
                 // A repeated instruction that was cut short by a fault to come has not retired yet.
                 let left = self.state.core.registers.general[RCX];
                 let is_port = is_port_string(instruction);
                 let retired = u64::from(is_port || left.is_multiple_of(CHUNK));
-                self.retire(retired, traps && retired != 0, platform)
+                self.retire(retired, traps, platform)
             }
             Outcome::Fault { vector, error_code, address } => {
                 let fault = Fault { vector, error_code, address };
-                self.give_up(had_shadow);
+                self.give_up(shadows);
                 self.raise(fault)
             }
             Outcome::Unsupported => {
                 if let Some(exit) = self.exit.take() {
-                    self.state.interrupt_shadow = had_shadow;
+                    (self.state.interrupt_shadow, self.state.trap_shadow) = shadows;
                     return Slow::Exit(exit);
                 }
                 if let Some(access) = self.devices.blocked {
-                    self.state.interrupt_shadow = had_shadow;
+                    (self.state.interrupt_shadow, self.state.trap_shadow) = shadows;
                     self.state.pending_read = Some(access);
                     return Slow::Exit(read_exit(&access));
                 }
-                self.give_up(had_shadow);
+                self.give_up(shadows);
                 if self.is_lent {
                     return Slow::Exit(CpuExit::Foreign(None));
                 }
@@ -167,9 +175,20 @@ impl Core {
         }
     }
 
+    /// Whether TF traps after an instruction that began with it as `traps` says. SYSCALL and SYSRET trap by what the flag
+    /// is afterwards; interrupts by software take it away.
+    fn traps_after(&self, mnemonic: Mnemonic, traps: bool) -> bool {
+        use Mnemonic as M;
+        match mnemonic {
+            M::Syscall | M::Sysretq => self.state.core.registers.rflags & RFLAGS_TF != 0,
+            M::Int | M::Int3 | M::Int1 => false,
+            _ => traps && !self.state.trap_shadow,
+        }
+    }
+
     /// Forgets what an instruction that has not retired was about.
-    fn give_up(&mut self, had_shadow: bool) {
-        self.state.interrupt_shadow = had_shadow;
+    fn give_up(&mut self, shadows: (bool, bool)) {
+        (self.state.interrupt_shadow, self.state.trap_shadow) = shadows;
         self.state.answers = Default::default();
         self.devices = Devices::default();
     }
@@ -201,6 +220,7 @@ impl Core {
     ) -> (&'a mut super::CpuState, CoreBus<'a>) {
         let state = &mut self.state;
         let checks_alignment = checks_alignment(&state.core);
+        let one_iteration = self.is_stepped || state.core.registers.rflags & RFLAGS_TF != 0;
         let now = state.instructions;
         let (devices, answers) = (&mut self.devices, &mut state.answers);
         let outside = platform.map(|platform| Outside { platform, devices, answers, now });
@@ -210,6 +230,7 @@ impl Core {
             random: &mut state.random,
             trace: self.trace.as_mut(),
             checks_alignment,
+            one_iteration,
         };
         (&mut state.core, bus)
     }

@@ -185,7 +185,8 @@ impl Cpu {
         if self.engine.core.state.shut_down {
             return Event::Exit(CpuExit::Shutdown);
         }
-        let is_alive = if let Some(fault) = self.engine.core.state.injected.take() {
+        let is_held = |fault: &Fault| fault.vector == 1 && self.engine.core.state.trap_shadow;
+        let is_alive = if let Some(fault) = self.engine.core.state.injected.take_if(|fault| !is_held(fault)) {
             let is_trap = matches!(fault.vector, 1 | 3 | 4);
             let flags = self.engine.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
             self.engine.core.deliver_exception(fault, flags)
@@ -245,7 +246,9 @@ impl Cpu {
         if !std::mem::take(&mut self.resume) && self.engine.has_breakpoint(rip) {
             return Some(CpuExit::Breakpoint);
         }
-        if let Some(reason) = self.engine.core.guest_breakpoint() {
+        if !self.engine.core.state.trap_shadow
+            && let Some(reason) = self.engine.core.guest_breakpoint()
+        {
             let fault = Fault { vector: 1, error_code: None, address: Some(reason) };
             let flags = self.engine.core.state.core.registers.rflags | RFLAGS_RF;
             let is_alive = self.engine.core.deliver_exception(fault, flags);
@@ -272,7 +275,8 @@ impl Cpu {
         if let Some(watched) = self.engine.core.mmu.watched.take() {
             self.note_watched(&watched);
         }
-        if self.debug.single_step && !matches!(self.after, Some(CpuExit::Watchpoint { .. })) {
+        let is_shadowed = self.engine.core.state.trap_shadow;
+        if self.debug.single_step && !is_shadowed && !matches!(self.after, Some(CpuExit::Watchpoint { .. })) {
             self.after = Some(CpuExit::SingleStep);
         }
         self.left_over()
@@ -338,6 +342,7 @@ impl Cpu {
     /// Chooses what to look out for from the next [`Cpu::run`] on.
     pub fn set_debug(&mut self, options: DebugOptions) {
         self.engine.core.stop_at_int3 = options.stop_at_int3;
+        self.engine.core.is_stepped = options.single_step;
         self.engine.set_breakpoints(&options.breakpoints);
         self.debug = options;
         self.update_watchpoints();

@@ -383,6 +383,11 @@ impl Engine {
         // SAFETY: the operation is of the current block, and its immediate a number of that block's table.
         let (block, op) = unsafe { (&*self.block, &*op) };
         let decoded = &block.slow[usize::try_from(op.imm).expect("a small number")];
+        if self.core.is_stepped && decoded.instruction.has_rep_prefix() | decoded.instruction.has_repne_prefix() {
+            // One iteration at a time, which is the slow executor's.
+            (self.at, self.stop) = (op, Stop::Redo);
+            return false;
+        }
         let before = self.core.mmu.memory.code_lines().generation();
         self.store();
         self.core.state.core.registers.rip = decoded.instruction.ip();

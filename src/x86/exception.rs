@@ -151,7 +151,7 @@ impl Core {
             registers.rflags &= !RFLAGS_IF;
         }
         self.state.halted = false;
-        self.state.interrupt_shadow = false;
+        (self.state.interrupt_shadow, self.state.trap_shadow) = (false, false);
         self.mode_changed();
     }
 

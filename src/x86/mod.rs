@@ -150,6 +150,12 @@ pub trait Bus {
     /// The guest's time-stamp counter, now.
     fn read_tsc(&mut self) -> u64;
 
+    /// Whether a repeated string instruction executes one iteration and then is [`Outcome::Repeat`], as between two
+    /// traps. Otherwise it executes as many as are convenient.
+    fn one_iteration(&self) -> bool {
+        false
+    }
+
     /// Atomically, with regard to every running vCPU: reads `size` (1, 2, 4, 8 or 16) bytes at `address` and, if they
     /// equal `expected`, stores `new`. Returns what was there before. Needs write permission in either case. Values
     /// are zero-extended. An implementor that can't do this for the address (unaligned, for example) returns

@@ -389,7 +389,8 @@ impl System<'_> {
 
     fn load_segment(&mut self, which: DataSegment, selector: u16) -> Step {
         self.core.load_data_segment(which, selector)?;
-        self.core.state.interrupt_shadow = which == DataSegment::Ss;
+        let is_stack = which == DataSegment::Ss;
+        (self.core.state.interrupt_shadow, self.core.state.trap_shadow) = (is_stack, is_stack);
         Ok(())
     }
 

@@ -148,6 +148,8 @@ pub struct State {
     pub debug: [u64; 8],
     /// Interrupts are held off until after the next instruction (STI, MOV to SS and POP SS).
     pub interrupt_shadow: bool,
+    /// Debug exceptions are held off as well (MOV to SS).
+    pub trap_shadow: bool,
     /// An exception to be delivered before the next instruction.
     pub injected: Option<Fault>,
     /// HLT was executed, and no interrupt has come since.
@@ -175,6 +177,7 @@ impl Default for State {
             msrs: Msrs::default(),
             debug: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             interrupt_shadow: false,
+            trap_shadow: false,
             injected: None,
             halted: false,
             shut_down: false,

@@ -95,19 +95,20 @@ pub(super) fn execute(m: &mut Machine) -> Step<bool> {
     Ok(true)
 }
 
-/// Executes iterations up to the next multiple of [`CHUNK`]. A fault in a later iteration shows when the instruction is
+/// Executes iterations up to the next multiple of [`CHUNK`], or one, as the bus says. A fault in a later iteration shows when the instruction is
 /// stepped again; the count then is no multiple.
 fn repeat(m: &mut Machine, operation: &Operation) -> Step {
     let mut done = 0;
+    let is_single = m.bus.one_iteration();
     loop {
         let left = m.general(RCX, operation.width);
         if left == 0 || done > 0 && operation.is_settled(m) {
             return Ok(());
         }
-        if done > 0 && left.is_multiple_of(CHUNK) {
+        if done > 0 && (is_single || left.is_multiple_of(CHUNK)) {
             break;
         }
-        let mut count = operation.block(m, (left - 1) % CHUNK + 1);
+        let mut count = if is_single { 0 } else { operation.block(m, (left - 1) % CHUNK + 1) };
         if count == 0 {
             match operation.element(m) {
                 Err(_) if done > 0 => break,

@@ -86,6 +86,7 @@ fn probe() -> Result<Capabilities> {
         hardware_breakpoints: hardware,
         watchpoints: matches!(watched, Exit::Debug(event) if event.hardware & 1 != 0),
         any_range: false,
+        exact_steps: false,
     })
 }
 

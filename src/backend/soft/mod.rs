@@ -41,6 +41,7 @@ pub const CAPABILITIES: Capabilities = Capabilities {
     hardware_breakpoints: u32::MAX,
     watchpoints: true,
     any_range: true,
+    exact_steps: true,
 };
 
 /// A machine of software CPUs.

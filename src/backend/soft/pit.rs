@@ -224,8 +224,9 @@ impl Pit {
     /// Whether channel 0 has interrupted until `now`.
     pub fn expire(&mut self, now: u64) -> bool {
         let Some(next) = self.next.filter(|next| *next <= now) else { return false };
-        self.next =
-            self.channels[0].next_rise(now).map(|rise| rise.max(next.saturating_add(SHORTEST_PERIOD)).max(now + 1));
+        let rise = self.channels[0].next_rise(now).map(|rise| rise.max(next.saturating_add(SHORTEST_PERIOD)));
+        // At the end of time there is no next one.
+        self.next = now.checked_add(1).and_then(|soon| rise.map(|rise| rise.max(soon)));
         true
     }
 

@@ -1,5 +1,8 @@
 //! A vCPU of the software back end: it waits for its turn, lets its CPU execute a slice, and sees to what came of it.
 
+#[cfg(test)]
+mod fuzz;
+
 use std::sync::Arc;
 
 use super::clock::TSC_KHZ;
@@ -50,6 +53,11 @@ impl SoftVcpu {
 
     /// Executes until the next exit, for the VMM or for the machine. `None`: there was a kick instead of a turn.
     fn slice(&mut self) -> Option<(CpuExit, u64)> {
+        self.slice_of(u64::MAX)
+    }
+
+    /// The same with at most so many instructions.
+    fn slice_of(&mut self, most: u64) -> Option<(CpuExit, u64)> {
         let mut inner = self.shared.take_turn(self.vcpu)?;
         let start = self.cpu.instructions();
         // An access that was completed between slices.
@@ -59,7 +67,7 @@ impl SoftVcpu {
             self.cpu.set_halted(false);
             self.cpu.inject(Fault::plain(NMI));
         }
-        let (budget, clock) = (inner.budget(), inner.clock);
+        let (budget, clock) = (inner.budget().min(most), inner.clock);
         drop(inner);
         let mut wires = Wires {
             shared: &self.shared,

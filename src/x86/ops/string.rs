@@ -46,7 +46,7 @@ unsafe fn work(e: &mut Engine, op: *const Op, size: u64, moves: bool) -> bool {
         return true;
     }
     loop {
-        let found = if is_backward { None } else { piece(e, size, moves) };
+        let found = if is_backward || e.core.is_stepped { None } else { piece(e, size, moves) };
         let Some((target, source, count)) = found else { return false };
         let bytes = count * size;
         if moves {

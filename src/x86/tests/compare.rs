@@ -131,7 +131,7 @@ fn is_excluded(instruction: &Instruction) -> bool {
 }
 
 /// Random state; most registers point into the scratch memory.
-fn state(random: &mut Random, native: &Native) -> CpuState {
+pub(super) fn state(random: &mut Random, native: &Native) -> CpuState {
     let mut cpu = CpuState::default();
     for register in &mut cpu.registers.general {
         *register = match random.below(3) {
@@ -309,22 +309,31 @@ fn scratch(random: &mut Random) -> Vec<u8> {
     TEXT[start..start + SCRATCH].to_vec()
 }
 
-/// Emulates and, where the emulator succeeds, executes one instruction; the difference, if both were done.
-fn compare(random: &mut Random, native: &mut Native, bytes: &[u8]) -> Option<(Mnemonic, Option<String>)> {
+/// What became of a comparison.
+pub(super) enum Compared {
+    /// The host was not asked, for this reason.
+    Not(&'static str),
+    /// Both were done; the difference, if there is one.
+    Done(Mnemonic, Option<String>),
+}
+
+/// Emulates and, where the emulator succeeds, executes one instruction.
+fn compare(random: &mut Random, native: &mut Native, bytes: &[u8]) -> Compared {
     let before = state(random, native);
     compare_from(before, random, native, bytes)
 }
 
 /// The same from a given state.
-fn compare_from(
-    before: CpuState,
-    random: &mut Random,
-    native: &mut Native,
-    bytes: &[u8],
-) -> Option<(Mnemonic, Option<String>)> {
-    let instruction = decode(bytes, before.registers.rip).ok()?;
-    if is_excluded(&instruction) || !host_has(&instruction) || is_undefined(&instruction, &before, native.scratch()) {
-        return None;
+pub(super) fn compare_from(before: CpuState, random: &mut Random, native: &mut Native, bytes: &[u8]) -> Compared {
+    let Ok(instruction) = decode(bytes, before.registers.rip) else { return Compared::Not("no instruction") };
+    if is_excluded(&instruction) {
+        return Compared::Not("it would change the test's own process, or its result is the machine's");
+    }
+    if !host_has(&instruction) {
+        return Compared::Not("the host does not have it");
+    }
+    if is_undefined(&instruction, &before, native.scratch()) {
+        return Compared::Not("its result is undefined");
     }
     let code = &bytes[..instruction.len()];
     let mut memory = Memory::new(native.scratch(), SCRATCH);
@@ -338,7 +347,7 @@ fn compare_from(
         assert!(unchanged == before && initial == memory.bytes);
     } else if outcome != Outcome::Done {
         assert_eq!(emulated.registers.rip, before.registers.rip);
-        return None;
+        return Compared::Not("it faults with these operands");
     } else {
         assert_eq!(emulated.registers.rip, instruction.next_ip());
     }
@@ -347,7 +356,7 @@ fn compare_from(
     if outcome == XM {
         if names_mmx(&instruction) {
             // Whether the transition from x87 has happened is not said.
-            return None;
+            return Compared::Not("a trapping MMX instruction");
         }
         forget_precision(&mut expected, &mut emulated);
     }
@@ -360,7 +369,7 @@ fn compare_from(
     let is_equal = expected == emulated && expected_memory == memory.bytes && has_trapped == (outcome == XM);
     let difference = (!is_equal)
         .then(|| format!("trapped: {has_trapped}, {outcome:?} {}", describe(&before, &expected, &emulated, code)));
-    Some((instruction.mnemonic(), difference))
+    Compared::Done(instruction.mnemonic(), difference)
 }
 
 /// What a failed comparison shows.
@@ -387,7 +396,7 @@ fn compare_all(seed: u64, opcodes: &[u8], rounds: usize, make: impl Fn(&mut Rand
     for opcode in opcodes {
         for _ in 0..rounds {
             let bytes = make(&mut random, *opcode);
-            let Some((mnemonic, difference)) = compare(&mut random, &mut native, &bytes) else { continue };
+            let Compared::Done(mnemonic, difference) = compare(&mut random, &mut native, &bytes) else { continue };
             *counts.entry(format!("{mnemonic:?}")).or_default() += 1;
             if let Some(difference) = difference {
                 failures.entry(format!("{mnemonic:?}")).or_insert(difference);
@@ -508,7 +517,9 @@ fn test_gathers_agree_with_host() {
         let sib = random.next() as u8 & 0xc0 | (random.below(8) as u8) << 3 | 6;
         let modrm = (random.below(8) as u8) << 3 | 4;
         let bytes = [0xc4, 0xe2 ^ (random.next() as u8 & 0x80), low, 0x90 | random.below(4) as u8, modrm, sib];
-        let Some((mnemonic, difference)) = compare_from(before, &mut random, &mut native, &bytes) else { continue };
+        let Compared::Done(mnemonic, difference) = compare_from(before, &mut random, &mut native, &bytes) else {
+            continue;
+        };
         assert_eq!(difference, None);
         *counts.entry(format!("{mnemonic:?}")).or_default() += 1;
     }

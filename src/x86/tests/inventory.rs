@@ -12,7 +12,7 @@ use crate::x86::{CpuState, Outcome, decode, step_bytes};
 const BASE: u64 = 0x10_0000;
 
 /// Feature sets that a guest may be told of, by what they need of the host.
-fn features() -> BTreeSet<CpuidFeature> {
+pub(super) fn features() -> BTreeSet<CpuidFeature> {
     use CpuidFeature as F;
     let mut features = BTreeSet::from([
         F::INTEL8086,
@@ -72,7 +72,7 @@ fn features() -> BTreeSet<CpuidFeature> {
 }
 
 /// System instructions, which belong to the CPU around this emulator, and what 64-bit mode decodes without executing.
-fn is_excluded(instruction: &Instruction) -> bool {
+pub(super) fn is_excluded(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     let by_name = matches!(
         instruction.mnemonic(),
@@ -136,7 +136,7 @@ fn is_excluded(instruction: &Instruction) -> bool {
 
 /// All encodings worth a look: each opcode with each mandatory prefix, operand size and ModRM byte that selects
 /// another form.
-fn encodings() -> Vec<Vec<u8>> {
+pub(super) fn encodings() -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     let prefixes: [&[u8]; 7] = [&[], &[0x66], &[0xf2], &[0xf3], &[0x66, 0xf2], &[0x67], &[0xf0]];
     let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];

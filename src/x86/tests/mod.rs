@@ -5,6 +5,7 @@
 mod behaviour;
 mod compare;
 mod differential;
+mod forms;
 mod inventory;
 mod lent;
 mod machine;

@@ -371,3 +371,74 @@ fn test_hooks_hear_of_instructions_and_accesses() {
     let access = |address, length, write| DataAccess { address, length, write };
     assert_eq!(*log.1.lock().unwrap(), [access(STACK - 8, 8, true), access(DATA, 1, false)]);
 }
+
+#[test]
+fn test_exceptions_of_the_fpu_and_of_alignment_are_delivered_at_the_instruction() {
+    // fld1; sqrtps xmm0, xmm1, with CR0.TS: #NM.
+    for code in [&[0xd9, 0xe8][..], &[0x0f, 0x51, 0xc1]] {
+        let mut rig = Rig::new(code).with(|state| state.core.system.cr0 |= 8);
+        assert_eq!((rig.run(), rig.vector(), rig.pushed(0)), (CpuExit::Halted, 7, CODE));
+    }
+    // divps xmm0, xmm1 (0 / 0), unmasked: #XM, without an error code, and the flag that explains it.
+    let mut rig = Rig::new(&[0x0f, 0x5e, 0xc1]).with(|state| state.core.fpu.mxcsr = 0x1f00);
+    assert_eq!((rig.run(), rig.vector(), rig.pushed(0)), (CpuExit::Halted, 19, CODE));
+    assert_eq!(rig.cpu.fpu().mxcsr & 1, 1);
+    // fldz; fldz; fdivp, unmasked; the next x87 instruction that waits: #MF.
+    let mut rig = Rig::new(&[0xd9, 0xee, 0xd9, 0xee, 0xde, 0xf9, 0xd9, 0xe8]).with(|state| {
+        state.core.system.cr0 |= 1 << 5;
+        state.core.fpu.fcw = 0x37e;
+    });
+    assert_eq!((rig.run(), rig.vector(), rig.pushed(0)), (CpuExit::Halted, 16, CODE + 6));
+    // mov rax, [rbx] in ring 3, unaligned, with CR0.AM and RFLAGS.AC: #AC(0).
+    let mut rig = Rig::new(&[0x48, 0x8b, 0x03]).in_ring3().with(|state| {
+        state.core.system.cr0 |= 1 << 18;
+        state.core.registers.rflags |= 1 << 18;
+        state.core.registers.general[RBX] = DATA + 1;
+    });
+    assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, 17, 0, CODE));
+}
+
+#[test]
+fn test_a_far_transfer_to_a_32_bit_segment_is_refused_and_nothing_executes_there() {
+    // iretq to selector 0x10's neighbour 0x30, a 32-bit code segment; the frame is at the top of the stack.
+    let mut rig = Rig::new(&[0x48, 0xcf]);
+    rig.memory.write_object(0x5030, 0x00cf_9b00_0000_ffffu64).unwrap();
+    for (i, word) in (0..).zip([CODE, 0x30, 2, STACK, DATA0.into()]) {
+        rig.memory.write_object(STACK + 8 * i, word).unwrap();
+    }
+    assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, 13, 0x30, CODE));
+}
+
+#[test]
+fn test_a_load_of_ss_holds_off_the_trap_flag_until_the_next_instruction_is_done() {
+    // mov ss, ax; nop; nop, with TF: the first trap comes after the first nop.
+    let mut rig = Rig::new(&[0x8e, 0xd0, 0x90, 0x90]).with(|state| {
+        state.core.registers.general[RAX] = DATA0.into();
+        state.core.registers.rflags |= 0x100;
+    });
+    assert_eq!((rig.run(), rig.vector(), rig.pushed(0)), (CpuExit::Halted, 1, CODE + 3));
+}
+
+#[test]
+fn test_trap_flag_stops_a_repeated_instruction_after_each_iteration() {
+    // rep movsb with TF.
+    let mut rig = Rig::new(&[0xf3, 0xa4]).with(|state| {
+        let general = &mut state.core.registers.general;
+        (general[RCX], general[6], general[RDI]) = (3, DATA, DATA + 64);
+        state.core.registers.rflags |= 0x100;
+    });
+    assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.register(RCX)), (CpuExit::Halted, 1, CODE, 2));
+}
+
+#[test]
+fn test_single_step_of_a_repeated_instruction_counts_it_once() {
+    let mut rig = Rig::new(&[0xf3, 0xa4, 0xf4]).with(|state| {
+        let general = &mut state.core.registers.general;
+        (general[RCX], general[6], general[RDI]) = (4, DATA, DATA + 64);
+    });
+    rig.cpu.set_debug(DebugOptions { single_step: true, ..DebugOptions::default() });
+    for left in (1..4).rev() {
+        assert_eq!((rig.run(), rig.rip(), rig.register(RCX)), (CpuExit::SingleStep, CODE, left));
+    }
+    assert_eq!((rig.run(), rig.rip(), rig.cpu.instructions()), (CpuExit::SingleStep, CODE + 2, 1));
+}
