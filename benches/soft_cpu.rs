@@ -1,50 +1,21 @@
-//! How fast the software CPU is: millions of guest instructions a second for small loops, and nanoseconds for a single
-//! step. `cargo bench --bench soft_cpu`; ratios in one run count, not the numbers.
-#![allow(missing_docs, clippy::unwrap_used, clippy::cast_precision_loss)]
+//! The software CPU on bare guest code, for `soft_cpu.py`: it reads lines `WORKLOAD COUNT` for the code in the file
+//! that it is given, runs each, and prints the nanoseconds, the instructions and the guest's result. A line `fresh`
+//! takes a new CPU, `break` sets a breakpoint that is never met, `step COUNT` single-steps.
+#![allow(missing_docs, clippy::unwrap_used)]
 
-use std::time::Instant;
+use std::io::BufRead;
 
+use nix::time::{ClockId, clock_gettime};
 use uhyve_core::memory::{Backing, GuestMemory};
 use uhyve_core::x86::{Cpu, CpuExit, DebugOptions, MsrReply, Platform, Reply};
 
 /// Where the code begins.
-const CODE: u64 = 0x1_0000;
-/// Instructions a measurement.
-const COUNT: u64 = 100_000_000;
-
-/// A loop of shifts, adds and LEA; a loop over 64 KiB of memory; a recursive Fibonacci; a copy by SSE.
-const WORKLOADS: [(&str, &[u8]); 4] = [
-    (
-        "integer",
-        &[
-            0xb9, 0xff, 0xff, 0xff, 0x7f, 0x48, 0x89, 0xc8, 0x48, 0xc1, 0xe0, 0x07, 0x48, 0x31, 0xc2, 0x48, 0x83, 0xc2,
-            0x0d, 0x48, 0x8d, 0x5c, 0x42, 0x05, 0x48, 0x29, 0xde, 0xff, 0xc9, 0x75, 0xe6, 0xeb, 0xdf,
-        ],
-    ),
-    (
-        "memory",
-        &[
-            0xbf, 0x00, 0x00, 0x10, 0x00, 0x31, 0xc9, 0x48, 0x8b, 0x04, 0xcf, 0x48, 0x01, 0xc8, 0x48, 0x89, 0x04, 0xcf,
-            0x83, 0xc1, 0x01, 0x81, 0xf9, 0x00, 0x20, 0x00, 0x00, 0x72, 0xea, 0xeb, 0xe6,
-        ],
-    ),
-    (
-        "fib",
-        &[
-            0xbf, 0x1e, 0x00, 0x00, 0x00, 0xe8, 0x02, 0x00, 0x00, 0x00, 0xeb, 0xf4, 0x53, 0x55, 0x48, 0x89, 0xfb, 0x83,
-            0xff, 0x02, 0x72, 0x18, 0x8d, 0x7b, 0xff, 0xe8, 0xee, 0xff, 0xff, 0xff, 0x48, 0x89, 0xc5, 0x8d, 0x7b, 0xfe,
-            0xe8, 0xe3, 0xff, 0xff, 0xff, 0x48, 0x01, 0xe8, 0xeb, 0x03, 0x48, 0x89, 0xf8, 0x5d, 0x5b, 0xc3,
-        ],
-    ),
-    (
-        "sse copy",
-        &[
-            0xbf, 0x00, 0x00, 0x10, 0x00, 0xbe, 0x00, 0x00, 0x18, 0x00, 0x31, 0xc9, 0x0f, 0x10, 0x04, 0x0f, 0x0f, 0x10,
-            0x4c, 0x0f, 0x10, 0x66, 0x0f, 0xfe, 0xc1, 0x0f, 0x11, 0x04, 0x0e, 0x0f, 0x11, 0x4c, 0x0e, 0x10, 0x83, 0xc1,
-            0x20, 0x81, 0xf9, 0x00, 0x00, 0x01, 0x00, 0x72, 0xdf, 0xeb, 0xdb,
-        ],
-    ),
-];
+const CODE: u64 = 0x10_0000;
+const STACK: u64 = 0x8_0000;
+const MEMORY: u64 = 64 << 20;
+const RSP: usize = 4;
+const RSI: usize = 6;
+const RDI: usize = 7;
 
 /// A machine without devices.
 struct Nothing;
@@ -81,35 +52,74 @@ impl Platform for Nothing {
     fn set_task_priority(&mut self, _: u8, _: u64) {}
 }
 
-/// A CPU in ring 0, with 4 MiB mapped to themselves, before `code`.
+/// A CPU in ring 0, with all memory mapped to itself by pages of 2 MiB.
 fn machine(code: &[u8]) -> Cpu {
-    let memory = GuestMemory::new(0, 4 << 20, Backing::default()).unwrap();
-    for (at, entry) in [(0x1000, 0x2003u64), (0x2000, 0x3003), (0x3000, 0x83), (0x3008, 0x20_0083)] {
-        memory.write_object(at, entry).unwrap();
+    let memory = GuestMemory::new(0, MEMORY, Backing::default()).unwrap();
+    memory.write_object(0x1000, 0x2003u64).unwrap();
+    memory.write_object(0x2000, 0x3003u64).unwrap();
+    for page in 0..MEMORY >> 21 {
+        memory.write_object(0x3000 + 8 * page, page << 21 | 0x83).unwrap();
     }
     memory.write(CODE, code).unwrap();
     let mut cpu = Cpu::new(&memory);
     let mut state = cpu.snapshot();
     state.core.system.cr3 = 0x1000;
-    state.core.registers.rip = CODE;
-    state.core.registers.general[4] = 0x8_0000;
     cpu.restore(&state);
     cpu
 }
 
+/// Nanoseconds of this thread's CPU time: what others do on a busy host does not count.
+fn now() -> i64 {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
+    time.tv_sec() * 1_000_000_000 + time.tv_nsec()
+}
+
+/// Prepares the call of a workload.
+fn enter(cpu: &mut Cpu, workload: u64, count: u64) {
+    cpu.set_halted(false);
+    let mut registers = cpu.registers();
+    registers.rip = CODE;
+    registers.general[RSP] = STACK;
+    registers.general[RDI] = workload;
+    registers.general[RSI] = count;
+    cpu.set_registers(&registers);
+}
+
 fn main() {
-    for (name, code) in WORKLOADS {
-        let mut cpu = machine(code);
-        assert_eq!(cpu.run(&mut Nothing, COUNT / 100), CpuExit::Budget);
-        let start = Instant::now();
-        assert_eq!(cpu.run(&mut Nothing, COUNT), CpuExit::Budget);
-        println!("{name:10} {:8.0} MIPS", COUNT as f64 / start.elapsed().as_secs_f64() / 1e6);
+    let Some(path) = std::env::args().nth(1).filter(|path| path != "--bench") else {
+        println!("see benches/soft_cpu.py");
+        return;
+    };
+    let code = std::fs::read(path).unwrap();
+    let mut cpu = machine(&code);
+    for line in std::io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split(' ').collect();
+        let before = cpu.instructions();
+        let mut start = now();
+        match words[..] {
+            ["fresh"] => cpu = machine(&code),
+            ["break"] => cpu.set_debug(DebugOptions { breakpoints: vec![STACK], ..DebugOptions::default() }),
+            ["clear"] => cpu.set_debug(DebugOptions::default()),
+            ["step", count] => {
+                enter(&mut cpu, 0, 1 << 40);
+                cpu.set_debug(DebugOptions { single_step: true, ..DebugOptions::default() });
+                start = now();
+                for _ in 0..count.parse::<u64>().unwrap() {
+                    assert_eq!(cpu.run(&mut Nothing, 1), CpuExit::SingleStep);
+                }
+                let took = now() - start;
+                cpu.set_debug(DebugOptions::default());
+                println!("{took} {} 0", cpu.instructions() - before);
+            }
+            [workload, count] => {
+                enter(&mut cpu, workload.parse().unwrap(), count.parse().unwrap());
+                start = now();
+                assert_eq!(cpu.run(&mut Nothing, u64::MAX), CpuExit::Halted);
+                let took = now() - start;
+                println!("{took} {} {}", cpu.instructions() - before, cpu.registers().general[0]);
+            }
+            _ => panic!("{line:?} is no request"),
+        }
     }
-    let mut cpu = machine(WORKLOADS[0].1);
-    cpu.set_debug(DebugOptions { single_step: true, ..DebugOptions::default() });
-    let start = Instant::now();
-    for _ in 0..COUNT / 100 {
-        assert_eq!(cpu.run(&mut Nothing, 1), CpuExit::SingleStep);
-    }
-    println!("{:10} {:8.1} ns", "step", start.elapsed().as_secs_f64() * 1e9 / (COUNT / 100) as f64);
 }

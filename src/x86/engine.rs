@@ -270,7 +270,6 @@ impl Engine {
     }
 
     /// The place of an address in the jump cache.
-    /// The place of an address in the jump cache.
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)]
     fn jump_slot(rip: u64) -> usize {
