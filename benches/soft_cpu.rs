@@ -96,7 +96,7 @@ fn main() {
         let line = line.unwrap();
         let words: Vec<&str> = line.split(' ').collect();
         let before = cpu.instructions();
-        let mut start = now();
+        let start;
         match words[..] {
             ["fresh"] => cpu = machine(&code),
             ["break"] => cpu.set_debug(DebugOptions { breakpoints: vec![STACK], ..DebugOptions::default() }),

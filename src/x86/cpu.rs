@@ -172,6 +172,9 @@ impl Cpu {
 
     /// What comes before an instruction: exits that wait, exceptions, interrupts, the end.
     fn event(&mut self, platform: &mut dyn Platform) -> Event {
+        if self.is_undisturbed() {
+            return Event::Nothing;
+        }
         if let Some(exit) = self.left_over() {
             return Event::Exit(exit);
         }
@@ -183,10 +186,12 @@ impl Cpu {
             return Event::Exit(CpuExit::Shutdown);
         }
         let is_alive = if let Some(fault) = self.engine.core.state.injected.take() {
+            self.engine.settle();
             let is_trap = matches!(fault.vector, 1 | 3 | 4);
             let flags = self.engine.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
             self.engine.core.deliver_exception(fault, flags)
         } else if let Some(vector) = self.interrupt_to_take(platform) {
+            self.engine.settle();
             platform.acknowledge_interrupt(vector, self.engine.core.state.instructions);
             self.engine.core.deliver_interrupt(vector)
         } else if self.engine.core.state.halted {
@@ -195,6 +200,18 @@ impl Cpu {
             return Event::Nothing;
         };
         if is_alive { Event::Delivered } else { Event::Exit(CpuExit::Shutdown) }
+    }
+
+    /// Whether nothing can come before the next instruction.
+    fn is_undisturbed(&self) -> bool {
+        let state = &self.engine.core.state;
+        state.core.registers.rflags & RFLAGS_IF == 0
+            && state.injected.is_none()
+            && !state.halted
+            && !state.shut_down
+            && self.after.is_none()
+            && state.pending_writes.as_slice().is_empty()
+            && !self.interrupt.load(Ordering::Relaxed)
     }
 
     fn interrupt_to_take(&mut self, platform: &mut dyn Platform) -> Option<u8> {
@@ -238,6 +255,7 @@ impl Cpu {
 
     /// One instruction, with all that may be looked out for before it.
     fn step(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.engine.settle();
         let rip = self.engine.core.state.core.registers.rip;
         if !std::mem::take(&mut self.resume) && self.engine.has_breakpoint(rip) {
             return Some(CpuExit::Breakpoint);
@@ -253,6 +271,7 @@ impl Cpu {
 
     /// One instruction by the slow executor.
     fn execute_one(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.engine.settle();
         self.engine.core.mmu.watched = None;
         let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.engine.core.slow_step(platform) };
         match slow {
@@ -364,11 +383,12 @@ impl Cpu {
 
     /// General registers, RIP, RFLAGS.
     pub fn registers(&self) -> Registers {
-        self.engine.core.state.core.registers
+        self.engine.registers()
     }
 
     /// Sets general registers, RIP, RFLAGS. With another RIP, a read that waits for its answer is given up.
     pub fn set_registers(&mut self, registers: &Registers) {
+        self.engine.settle();
         if registers.rip != self.engine.core.state.core.registers.rip {
             self.engine.core.state.pending_read = None;
             self.engine.core.state.answers = Default::default();
@@ -384,6 +404,7 @@ impl Cpu {
 
     /// Sets segment and control registers; cached translations are dropped as needed.
     pub fn set_system_registers(&mut self, registers: &SystemRegisters) {
+        self.engine.settle();
         self.engine.core.state.core.system = *registers;
         self.engine.core.mode_changed();
     }
@@ -440,16 +461,20 @@ impl Cpu {
 
     /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
     pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
+        self.engine.settle();
         self.engine.core.set_msr(index, value)
     }
 
     /// A copy of all architectural state.
     pub fn snapshot(&self) -> State {
-        self.engine.core.state
+        let mut state = self.engine.core.state;
+        state.core.registers = self.engine.registers();
+        state
     }
 
     /// Sets all architectural state.
     pub fn restore(&mut self, state: &State) {
+        self.engine.settle();
         self.engine.core.state = *state;
         self.engine.core.mode_changed();
         self.engine.core.mmu.flush();

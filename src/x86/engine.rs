@@ -7,11 +7,13 @@ use std::collections::HashSet;
 use super::block::{Block, Cache, Link, Op};
 use super::core::Core;
 use super::lazy::Lazy;
+use super::notes::Ops;
 use super::string::CHUNK;
 use super::translate::translate;
+use super::vector::Control;
 use super::{Outcome, execute_family};
 use crate::memory::GuestMemory;
-use crate::registers::RCX;
+use crate::registers::{RCX, Registers};
 
 /// Entries of the cache for indirect jumps and returns.
 const JUMPS: usize = 4096;
@@ -72,14 +74,23 @@ pub(super) struct Engine {
     /// The block that runs.
     pub block: *mut Block,
     pub at: *const Op,
+    /// Where [`Stop::Next`] goes on.
+    next: u64,
     /// The link that [`Stop::Link`] is about.
     pub which: usize,
     pub stop: Stop,
+    /// What functions of vector operations get.
+    pub vector_source: u128,
+    pub vector_control: Control,
     /// Everything else.
     pub core: Core,
     jumps: Box<[Jump; JUMPS]>,
     singles: Box<[Jump; SINGLES]>,
     cache: Cache,
+    /// The state is in [`Engine::regs`] and [`Engine::flags`].
+    is_loaded: bool,
+    /// Where blocks are made.
+    ops: Ops,
     breakpoints: HashSet<u64>,
     seen_code: u64,
 }
@@ -100,12 +111,17 @@ impl Engine {
             rip: 0,
             block: std::ptr::null_mut(),
             at: std::ptr::null(),
+            next: 0,
             which: 0,
             stop: Stop::Budget,
+            vector_source: 0,
+            vector_control: Control { mxcsr: 0x1f80, saved: 0, immediate: 0, third: 0 },
             core: Core::new(memory),
             jumps: boxed(),
             singles: boxed(),
             cache: Cache::default(),
+            is_loaded: false,
+            ops: Ops::default(),
             breakpoints: HashSet::new(),
             seen_code: memory.code_lines().generation(),
         }
@@ -134,6 +150,7 @@ impl Engine {
 
     /// Copies the state to where fast operations have it.
     fn load(&mut self) {
+        self.is_loaded = true;
         let core = &self.core.state.core;
         self.regs[..16].copy_from_slice(&core.registers.general);
         self.regs[ZERO] = 0;
@@ -147,6 +164,25 @@ impl Engine {
         let registers = &mut self.core.state.core.registers;
         registers.general.copy_from_slice(&self.regs[..16]);
         registers.rflags = self.flags.merge(registers.rflags);
+    }
+
+    /// General registers and flags, wherever they are.
+    pub fn registers(&self) -> Registers {
+        let mut registers = self.core.state.core.registers;
+        if self.is_loaded {
+            registers.general.copy_from_slice(&self.regs[..16]);
+            registers.rflags = self.flags.merge(registers.rflags);
+        }
+        registers
+    }
+
+    /// Sees to it that the state is all in [`Core::state`]: before anything but [`Engine::run`] looks at general registers
+    /// or arithmetic flags, or changes any register.
+    pub fn settle(&mut self) {
+        if self.is_loaded {
+            self.store();
+            self.is_loaded = false;
+        }
     }
 
     /// Drops blocks whose code has changed since the last look.
@@ -165,15 +201,20 @@ impl Engine {
     }
 
     /// Executes up to `budget` instructions from RIP on, or until a stop that is not the engine's own business:
-    /// [`Stop::Budget`], [`Stop::Redo`] or [`Stop::Breakpoint`]. State, RIP and the count are exact afterwards.
+    /// [`Stop::Budget`], [`Stop::Redo`] or [`Stop::Breakpoint`]. State, RIP and the count are exact afterwards; after a
+    /// single step, registers and flags stay where the next one needs them until [`Engine::settle`].
     pub fn run(&mut self, budget: u64) -> Stop {
         self.check_code();
-        self.load();
+        if !self.is_loaded {
+            self.load();
+        }
         let target = self.core.state.instructions + budget;
         self.budget = budget;
         self.rip = self.core.state.core.registers.rip;
         let stop = self.run_loaded();
-        self.store();
+        if budget != 1 || stop != Stop::Budget {
+            self.settle();
+        }
         self.core.state.core.registers.rip = self.rip;
         self.core.state.instructions = target - self.budget;
         stop
@@ -210,8 +251,9 @@ impl Engine {
                     self.find()
                 }
                 Stop::Next => {
-                    // SAFETY: an operation that stops this way is not the last of its block.
-                    self.rewind(unsafe { self.at.add(1) });
+                    self.rewind(self.at);
+                    self.rip = self.next;
+                    self.budget -= 1;
                     self.check_code();
                     if self.budget == 0 {
                         return Stop::Budget;
@@ -331,8 +373,8 @@ impl Engine {
             self.core.mmu.next_generation();
         }
         let breakpoints = &self.breakpoints;
-        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, |at| breakpoints.contains(&at))
-        else {
+        let is_breakpoint = |at| breakpoints.contains(&at);
+        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, &mut self.ops, is_breakpoint) else {
             return std::ptr::null_mut();
         };
         block.is_single = is_single;
@@ -362,6 +404,7 @@ impl Engine {
             Outcome::Done => {
                 self.load();
                 self.stop = Stop::Next;
+                self.next = decoded.instruction.next_ip();
                 before == self.core.mmu.memory.code_lines().generation()
             }
             Outcome::Repeat => {

@@ -348,6 +348,25 @@ impl Mmu {
         self.try_miss(address, size as u64, is_write).unwrap_or(std::ptr::null_mut())
     }
 
+    /// Whether the TLB has an entry for an access.
+    pub fn knows(&self, address: u64, size: usize, is_write: bool) -> bool {
+        let entry = &self.data[index(address)];
+        let tag = if is_write { entry.write } else { entry.read };
+        address.wrapping_add(size as u64 - 1) & PAGE_MASK == tag
+    }
+
+    /// Lets the TLB have an entry for one access, to bytes at `host`; returns what stood in its place.
+    pub fn lend(&mut self, address: u64, size: usize, host: *mut u8) -> Entry {
+        let page = address.wrapping_add(size as u64 - 1) & PAGE_MASK;
+        let lent = Entry { read: page, write: page, addend: (host as u64).wrapping_sub(address), physical: NONE };
+        std::mem::replace(&mut self.data[index(address)], lent)
+    }
+
+    /// Ends that.
+    pub fn take_back(&mut self, address: u64, kept: Entry) {
+        self.data[index(address)] = kept;
+    }
+
     /// Where a run of bytes within one page is in the host, if a fast access may touch all of them.
     pub fn place(&mut self, address: u64, length: usize, is_write: bool) -> Option<*mut u8> {
         let entry = &self.data[index(address)];

@@ -10,12 +10,14 @@ use super::block::{Block, Handler, LONGEST, Op, Tables};
 use super::core::Decoded;
 use super::engine::{FS, GS, START, ZERO};
 use super::mmu::{Mmu, PAGE};
+use super::notes::{Note, Ops, bit as of};
 use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
 use super::ops::{bit, breakpoint, data, flow, multiply, redo, shift, slow, string, vector};
 use super::privileged::needs_machine;
-use super::vector_call::VectorCall;
+use super::vector_call::{Destination, Source, VectorCall};
+use crate::registers::{RAX, RCX, RDX};
 
 /// What an instruction becomes.
 enum Made {
@@ -37,36 +39,43 @@ struct Memory {
     is_indexed: bool,
 }
 
-/// Decodes a block. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
+/// Decodes a block, with `ops` as the place to make its operations in. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
 /// there is to raise.
 pub(super) fn translate(
     mmu: &Mmu,
     rip: u64,
     physical: u64,
     is_single: bool,
+    ops: &mut Ops,
     is_breakpoint: impl Fn(u64) -> bool,
 ) -> Option<Box<Block>> {
-    let room = usize::try_from(PAGE - physical % PAGE).ok()?;
+    let most = if is_single { 1 } else { LONGEST };
+    let room = usize::try_from(PAGE - physical % PAGE).ok()?.min(most * MAX_LENGTH);
     let host = mmu.host(physical, room as u64)?;
-    let mut bytes = vec![0; room.min(LONGEST * MAX_LENGTH)];
-    // SAFETY: at least that many bytes of RAM.
-    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
-    let mut builder = Builder { rip, ops: Vec::new(), tables: Tables::default(), offset: 0, number: 0, before: None };
-    let ended = builder.fill(&bytes, if is_single { 1 } else { LONGEST }, |at| !is_single && is_breakpoint(at));
-    if builder.ops.is_empty() && builder.number == 0 {
+    let mut bytes = [0; LONGEST * MAX_LENGTH];
+    // SAFETY: at least that many bytes of RAM, and no more than the array has.
+    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), room) };
+    ops.clear();
+    let note = Note::default();
+    let mut builder = Builder { rip, ops, note, tables: Tables::default(), offset: 0, number: 0, before: None };
+    let ended = builder.fill(&bytes[..room], most, |at| !is_single && is_breakpoint(at));
+    if builder.ops.list.is_empty() && builder.number == 0 {
         return None;
     }
     if !ended {
         let op = builder.op(flow::go_on);
-        builder.ops.push(op);
+        builder.ops.push(op, Note::default());
     }
+    builder.ops.drop_dead_flags();
     let (length, count) = (builder.offset.into(), builder.number.into());
-    Some(Block::new(rip, physical, length, count, builder.ops, builder.tables))
+    Some(Block::new(rip, physical, length, count, &builder.ops.list, builder.tables))
 }
 
-struct Builder {
+struct Builder<'a> {
     rip: u64,
-    ops: Vec<Op>,
+    ops: &'a mut Ops,
+    /// What is known of the instruction's operation.
+    note: Note,
     tables: Tables,
     /// Bytes so far.
     offset: u16,
@@ -76,7 +85,7 @@ struct Builder {
     before: Option<(Joined, usize)>,
 }
 
-impl Builder {
+impl Builder<'_> {
     /// Decodes up to `most` instructions; true if the last ends the block.
     fn fill(&mut self, bytes: &[u8], most: usize, is_breakpoint: impl Fn(u64) -> bool) -> bool {
         let mut decoder = Decoder::with_ip(64, bytes, self.rip, DecoderOptions::NONE);
@@ -84,7 +93,7 @@ impl Builder {
         while usize::from(self.number) < most && decoder.can_decode() {
             if is_breakpoint(self.rip.wrapping_add(self.offset.into())) {
                 let op = self.op(breakpoint);
-                self.ops.push(op);
+                self.ops.push(op, Note::default());
                 // It counts as an instruction that is never executed, so that a block is never empty.
                 self.number += 1;
                 self.offset += 1;
@@ -100,10 +109,14 @@ impl Builder {
             self.number += 1;
             self.offset += u16::try_from(length).expect("at most 15");
             match made {
-                Made::Op(op) => self.ops.push(op),
+                Made::Op(op) => {
+                    if self.ops.push_joined(op, self.note) {
+                        self.before = None;
+                    }
+                }
                 Made::Nothing => self.before = None,
                 Made::End(op) => {
-                    self.ops.push(op);
+                    self.ops.push(op, self.note);
                     return true;
                 }
             }
@@ -130,6 +143,7 @@ impl Builder {
 
     fn make(&mut self, i: &Instruction, code: &[u8]) -> Made {
         let before = self.before.take();
+        self.note = Note::default();
         if let Some(end) = self.branch(i, before) {
             return Made::End(end);
         }
@@ -145,6 +159,7 @@ impl Builder {
         if let Some(op) = self.fast(i) {
             return Made::Op(op);
         }
+        self.note = Note::default();
         let imm = i32::try_from(self.tables.slow.len()).expect("at most 64");
         let mut bytes = [0; MAX_LENGTH];
         bytes[..code.len()].copy_from_slice(code);
@@ -187,6 +202,7 @@ impl Builder {
             && let Some(run) = alu::joined(what, size, condition)
         {
             let last = self.ops.pop().expect("there is one before");
+            self.note = Note { sets_flags: !matches!(what, Joined::Inc | Joined::Dec), ..Note::pure(0, 0) };
             return Some(Op { run, disp, ..last });
         }
         Some(Op { disp, ..self.op(flow::conditional(condition)) })
@@ -293,24 +309,34 @@ impl Builder {
 
     fn arithmetic(&mut self, i: &Instruction) -> Option<Op> {
         use Mnemonic as M;
-        type Choose = fn(Form, usize, bool) -> Handler;
-        let choose: Choose = match i.mnemonic() {
-            M::Add => alu::alu::<alu::Add>,
-            M::Adc => alu::alu::<alu::Adc>,
-            M::Sub => alu::alu::<alu::Sub>,
-            M::Sbb => alu::alu::<alu::Sbb>,
-            M::Cmp => alu::alu::<alu::Cmp>,
-            M::And => alu::alu::<alu::And>,
-            M::Or => alu::alu::<alu::Or>,
-            M::Xor => alu::alu::<alu::Xor>,
-            M::Test => alu::alu::<alu::Test>,
-            M::Inc => return self.unary(i, alu::unary::<alu::Inc>, Some(Joined::Inc)),
-            M::Dec => return self.unary(i, alu::unary::<alu::Dec>, Some(Joined::Dec)),
-            M::Neg => return self.unary(i, alu::unary::<alu::Neg>, None),
-            M::Not => return self.unary(i, alu::unary::<alu::Invert>, None),
+        let choose: Arithmetic = match i.mnemonic() {
+            M::Add => variants::<alu::Add>(),
+            M::Adc => variants::<alu::Adc>(),
+            M::Sub => variants::<alu::Sub>(),
+            M::Sbb => variants::<alu::Sbb>(),
+            M::Cmp => Arithmetic { all: alu::alu::<alu::Cmp>, others: None },
+            M::And => variants::<alu::And>(),
+            M::Or => variants::<alu::Or>(),
+            M::Xor => variants::<alu::Xor>(),
+            M::Test => Arithmetic { all: alu::alu::<alu::Test>, others: None },
+            M::Inc => return self.unary(i, alu::unary::<alu::Inc>, alu::unary_quiet::<alu::Inc>, Some(Joined::Inc)),
+            M::Dec => return self.unary(i, alu::unary::<alu::Dec>, alu::unary_quiet::<alu::Dec>, Some(Joined::Dec)),
+            M::Neg => return self.unary(i, alu::unary::<alu::Neg>, alu::unary_quiet::<alu::Neg>, None),
+            M::Not => return self.unary(i, alu::unary::<alu::Invert>, |_| None, None),
             _ => return None,
         };
-        let (op, form, size) = self.two_operands(i, choose)?;
+        let (op, form, size) = self.two_operands(i, choose.all)?;
+        let is_indexed = op.index != offset(ZERO);
+        let reads = of(op.r1) | if form == Form::RegisterRegister { of(op.r2) } else { 0 };
+        let writes = if choose.others.is_some() { of(op.r1) } else { 0 };
+        self.note = Note {
+            quiet: choose.others.and_then(|(quiet, _)| quiet(form, size, is_indexed)),
+            apart: choose.others.and_then(|(_, apart)| apart(form, size)),
+            sets_flags: true,
+            reads_flags: matches!(i.mnemonic(), M::Adc | M::Sbb),
+            is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
+            ..Note::pure(reads, writes)
+        };
         self.before = match (i.mnemonic(), form) {
             (M::Cmp, Form::RegisterRegister) => Some(Joined::CmpRegister),
             (M::Cmp, Form::RegisterImmediate) => Some(Joined::CmpImmediate),
@@ -353,9 +379,17 @@ impl Builder {
         Some((with_memory(op, memory), form, size))
     }
 
-    fn unary(&mut self, i: &Instruction, choose: fn(bool, usize) -> Handler, joined: Option<Joined>) -> Option<Op> {
+    fn unary(
+        &mut self,
+        i: &Instruction,
+        choose: fn(bool, usize) -> Handler,
+        quiet: fn(usize) -> Option<Handler>,
+        joined: Option<Joined>,
+    ) -> Option<Op> {
         if let Some((r1, size)) = register_operand(i, 0) {
             self.before = joined.map(|joined| (joined, size));
+            self.note =
+                Note { quiet: quiet(size), sets_flags: i.mnemonic() == Mnemonic::Neg, ..Note::pure(of(r1), of(r1)) };
             return Some(Op { r1, ..self.op(choose(false, size)) });
         }
         Some(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
@@ -374,16 +408,19 @@ impl Builder {
                     return None;
                 }
                 let memory = self.memory(i)?;
+                let reads = of(memory.base) | of(memory.index) | narrow(r1, size);
+                self.note = Note::pure(reads, of(r1));
                 Some(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
             }
             M::Xchg => {
                 let ((r1, size), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
+                self.note = Note::pure(of(r1) | of(r2), of(r1) | of(r2));
                 Some(Op { r1, r2, ..self.op(data::exchange(size)) })
             }
-            M::Cdqe => Some(self.op(data::cdqe)),
-            M::Cwde => Some(self.op(data::cwde)),
-            M::Cdq => Some(self.op(data::cdq)),
-            M::Cqo => Some(self.op(data::cqo)),
+            M::Cdqe => Some(self.pure(data::cdqe, RAX, RAX)),
+            M::Cwde => Some(self.pure(data::cwde, RAX, RAX)),
+            M::Cdq => Some(self.pure(data::cdq, RAX, RDX)),
+            M::Cqo => Some(self.pure(data::cqo, RAX, RDX)),
             M::Cld => Some(self.op(data::direction)),
             M::Std => Some(Op { imm: 1, ..self.op(data::direction) }),
             M::Clc => Some(self.op(data::carry)),
@@ -393,11 +430,18 @@ impl Builder {
         }
     }
 
-    fn mov(&self, i: &Instruction) -> Option<Op> {
+    /// An operation that only works on these registers.
+    fn pure(&mut self, run: Handler, reads: usize, writes: usize) -> Op {
+        self.note = Note::pure(1 << reads, 1 << writes);
+        self.op(run)
+    }
+
+    fn mov(&mut self, i: &Instruction) -> Option<Op> {
         if let (Some((r1, size)), OpKind::Immediate64) = (register_operand(i, 0), i.op_kind(1)) {
             let bytes = i.immediate64().to_le_bytes();
             let half = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
             debug_assert_eq!(size, 8);
+            self.note = Note::pure(0, of(r1));
             return Some(Op { r1, imm: half(0), disp: half(4), ..self.op(data::mov_wide) });
         }
         let choose = |form, size, is_indexed| match form {
@@ -407,12 +451,23 @@ impl Builder {
             Form::MemoryRegister => data::store(size, is_indexed),
             Form::MemoryImmediate => data::store_immediate(size, is_indexed),
         };
-        self.two_operands(i, choose).map(|(op, ..)| op)
+        let (op, form, size) = self.two_operands(i, choose)?;
+        let writes = of(op.r1);
+        self.note = match form {
+            Form::RegisterRegister => Note {
+                copies: Some(size).filter(|size| *size >= 4),
+                ..Note::pure(of(op.r2) | narrow(op.r1, size), writes)
+            },
+            Form::RegisterImmediate => Note::pure(narrow(op.r1, size), writes),
+            _ => Note::default(),
+        };
+        Some(op)
     }
 
-    fn extended(&self, i: &Instruction, is_signed: bool) -> Option<Op> {
+    fn extended(&mut self, i: &Instruction, is_signed: bool) -> Option<Op> {
         let (r1, to) = register_operand(i, 0)?;
         if let Some((r2, from)) = register_operand(i, 1) {
+            self.note = Note::pure(of(r2) | narrow(r1, to), of(r1));
             return Some(Op { r1, r2, ..self.op(data::extending(to, from, is_signed, None)?) });
         }
         let (memory, from) = (self.memory(i)?, i.memory_size().size());
@@ -421,16 +476,18 @@ impl Builder {
     }
 
     /// SETcc and CMOVcc.
-    fn on_condition(&self, i: &Instruction) -> Option<Op> {
+    fn on_condition(&mut self, i: &Instruction) -> Option<Op> {
         let condition = condition(i)?;
         if i.op_count() == 1 {
             if let Some((r1, _)) = register_operand(i, 0) {
+                self.note = Note { reads_flags: true, ..Note::pure(of(r1), of(r1)) };
                 return Some(Op { r1, ..self.op(data::set_condition(condition, false)) });
             }
             return Some(with_memory(self.op(data::set_condition(condition, true)), self.memory(i)?));
         }
         let (r1, size) = register_operand(i, 0)?;
         if let Some((r2, _)) = register_operand(i, 1) {
+            self.note = Note { reads_flags: true, ..Note::pure(of(r1) | of(r2), of(r1)) };
             return Some(Op { r1, r2, ..self.op(data::conditional_move(size, condition, false)?) });
         }
         let op = Op { r1, ..self.op(data::conditional_move(size, condition, true)?) };
@@ -449,41 +506,53 @@ impl Builder {
         }
     }
 
-    fn shifted(&self, i: &Instruction) -> Option<Op> {
+    fn shifted(&mut self, i: &Instruction) -> Option<Op> {
         use Mnemonic as M;
-        type Choose = (fn(usize) -> Handler, fn(usize) -> Option<Handler>);
         let (r1, size) = register_operand(i, 0)?;
-        let (by_immediate, by_cl): Choose = match i.mnemonic() {
-            M::Shl | M::Sal => (shift::immediate::<shift::Shl>, shift::variable::<shift::Shl>),
-            M::Shr => (shift::immediate::<shift::Shr>, shift::variable::<shift::Shr>),
-            M::Sar => (shift::immediate::<shift::Sar>, shift::variable::<shift::Sar>),
-            M::Rol => (shift::immediate::<shift::Rol>, shift::variable::<shift::Rol>),
-            M::Ror => (shift::immediate::<shift::Ror>, shift::variable::<shift::Ror>),
+        let choose: Shifting = match i.mnemonic() {
+            M::Shl | M::Sal => shifting::<shift::Shl>(),
+            M::Shr => shifting::<shift::Shr>(),
+            M::Sar => shifting::<shift::Sar>(),
+            M::Rol => shifting::<shift::Rol>(),
+            M::Ror => shifting::<shift::Ror>(),
             M::Shlx => return self.shift_without_flags(i, 0),
             M::Shrx => return self.shift_without_flags(i, 1),
             M::Sarx => return self.shift_without_flags(i, 2),
             M::Rorx => {
                 let (r2, _) = register_operand(i, 1)?;
+                self.note = Note::pure(of(r2), of(r1));
                 return Some(Op { r1, r2, imm: i.immediate8().into(), ..self.op(shift::rotate_without_flags(size)) });
             }
             _ => return None,
         };
         if i.op_kind(1) == OpKind::Register {
-            return Some(Op { r1, ..self.op(by_cl(size)?) });
+            let note = Note::pure(of(r1) | 1 << RCX, of(r1));
+            self.note = Note { quiet: (choose.by_cl_quiet)(size), ..note };
+            return Some(Op { r1, ..self.op((choose.by_cl)(size)?) });
         }
         let count = i.immediate8() & if size == 8 { 63 } else { 31 };
-        let is_common = count != 0 && usize::from(count) < 8 * size;
-        is_common.then(|| Op { r1, imm: count.into(), ..self.op(by_immediate(size)) })
+        if count == 0 || usize::from(count) >= 8 * size {
+            return None;
+        }
+        let variants = (choose.variants)(size);
+        self.note = Note {
+            quiet: variants.map(|(quiet, ..)| quiet),
+            apart: variants.map(|(_, apart, quiet)| (size, apart, quiet)),
+            sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
+            ..Note::pure(of(r1), of(r1))
+        };
+        Some(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
     }
 
-    fn shift_without_flags(&self, i: &Instruction, kind: u8) -> Option<Op> {
+    fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<Op> {
         let ((r1, size), (r2, _), (base, _)) =
             (register_operand(i, 0)?, register_operand(i, 1)?, register_operand(i, 2)?);
+        self.note = Note::pure(of(r2) | of(base), of(r1));
         Some(Op { r1, r2, base, ..self.op(shift::without_flags(kind, size)) })
     }
 
     /// Multiplication, division, and operations on bits.
-    fn counted(&self, i: &Instruction) -> Option<Op> {
+    fn counted(&mut self, i: &Instruction) -> Option<Op> {
         use Mnemonic as M;
         let one = |run: Option<Handler>| Some(Op { r1: register_operand(i, 0)?.0, ..self.op(run?) });
         let size = register_operand(i, 0).map_or(0, |(_, size)| size);
@@ -493,7 +562,11 @@ impl Builder {
             M::Div => one(multiply::division(size, false)),
             M::Idiv => one(multiply::division(size, true)),
             M::Imul => self.truncated(i, size),
-            M::Bswap => one(bit::swap(size)),
+            M::Bswap => {
+                let (r1, _) = register_operand(i, 0)?;
+                self.note = Note::pure(of(r1), of(r1));
+                Some(Op { r1, ..self.op(bit::swap(size)?) })
+            }
             M::Bt => self.bit_test(i, 0, size),
             M::Bts => self.bit_test(i, 1, size),
             M::Btr => self.bit_test(i, 2, size),
@@ -505,34 +578,47 @@ impl Builder {
             M::Popcnt => self.bit_count(i, 4, size),
             M::Andn => {
                 let ((r1, size), (base, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-                Some(Op { r1, base, r2: register_operand(i, 2)?.0, ..self.op(bit::and_not(size)) })
+                let (r2, _) = register_operand(i, 2)?;
+                self.note = Note { sets_flags: true, ..Note::pure(of(base) | of(r2), of(r1)) };
+                Some(Op { r1, base, r2, ..self.op(bit::and_not(size)) })
             }
             _ => None,
         }
     }
 
-    fn truncated(&self, i: &Instruction, size: usize) -> Option<Op> {
+    fn truncated(&mut self, i: &Instruction, size: usize) -> Option<Op> {
         let (r1, _) = register_operand(i, 0)?;
+        let note = |reads, form| Note {
+            quiet: multiply::truncated_quiet(size, form),
+            sets_flags: true,
+            ..Note::pure(reads, of(r1))
+        };
         if i.op_count() == 3 {
             let (r2, _) = register_operand(i, 1)?;
+            self.note = note(of(r2), 1);
             return Some(Op { r1, r2, imm: immediate(i, 2)?, ..self.op(multiply::truncated(size, 1)?) });
         }
         if let Some((r2, _)) = register_operand(i, 1) {
+            self.note = note(of(r1) | of(r2), 0);
             return Some(Op { r1, r2, ..self.op(multiply::truncated(size, 0)?) });
         }
         Some(with_memory(Op { r1, ..self.op(multiply::truncated(size, 2)?) }, self.memory(i)?))
     }
 
-    fn bit_test(&self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
+    fn bit_test(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
         let (r1, _) = register_operand(i, 0)?;
+        let second = register_operand(i, 1).map_or(0, |(r2, _)| of(r2));
+        self.note = Note::pure(of(r1) | second, if kind == 0 { 0 } else { of(r1) });
         if let Some((r2, _)) = register_operand(i, 1) {
             return Some(Op { r1, r2, ..self.op(bit::bit_test(kind, size, false)?) });
         }
         Some(Op { r1, imm: i.immediate8().into(), ..self.op(bit::bit_test(kind, size, true)?) })
     }
 
-    fn bit_count(&self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
+    fn bit_count(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
         let ((r1, _), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
+        // BSF and BSR may leave their destination as it is.
+        self.note = Note::pure(of(r1) | of(r2), of(r1));
         Some(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
     }
 
@@ -590,7 +676,6 @@ impl Builder {
 
     /// Operations of the table, of 128 bits and less.
     fn vector_call(&mut self, i: &Instruction) -> Option<Op> {
-        use super::vector_call::{Destination, Source};
         let uses_mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
         if i.encoding() != iced_x86::EncodingKind::Legacy || uses_mmx {
             return None;
@@ -599,13 +684,64 @@ impl Builder {
         if let (Source::Memory { .. }, Destination::General(_)) = (call.source, call.destination) {
             return None;
         }
+        if let Some(op) = self.plain(i, &call) {
+            return Some(op);
+        }
         let imm = i32::try_from(self.tables.vectors.len()).expect("at most 64");
-        let run: Handler = if call.plain().is_some() { vector::plain } else { vector::call };
-        let op = Op { imm, ..self.op(run) };
+        let op = Op { imm, ..self.op(vector::call) };
         let op = if let Source::Memory { .. } = call.source { with_memory(op, self.memory(i)?) } else { op };
         self.tables.vectors.push(call);
         Some(op)
     }
+
+    /// An operation that is a call of a function and no more.
+    fn plain(&mut self, i: &Instruction, call: &VectorCall) -> Option<Op> {
+        let (function, r1, immediate) = call.plain()?;
+        let imm = i32::try_from(self.tables.functions.len()).expect("at most 64");
+        let op = match call.source {
+            Source::Register(r2) => Op { r1, r2, imm, disp: immediate.into(), ..self.op(vector::plain) },
+            _ if immediate == 0 => with_memory(Op { r1, imm, ..self.op(vector::plain_memory) }, self.memory(i)?),
+            _ => return None,
+        };
+        self.tables.functions.push(function);
+        Some(op)
+    }
+}
+
+/// The functions for an arithmetic instruction: by form, size and whether there is an index; the same without flags,
+/// and with the first operand apart.
+#[derive(Clone, Copy)]
+struct Arithmetic {
+    all: fn(Form, usize, bool) -> Handler,
+    others: Option<(fn(Form, usize, bool) -> Option<Handler>, Apart)>,
+}
+
+type Apart = fn(Form, usize) -> Option<(usize, Handler, Handler)>;
+
+fn variants<O: alu::Alu>() -> Arithmetic {
+    Arithmetic { all: alu::alu::<O>, others: Some((alu::quiet::<O>, alu::apart::<O>)) }
+}
+
+/// The functions for a shift, by size.
+struct Shifting {
+    by_immediate: fn(usize) -> Handler,
+    variants: fn(usize) -> Option<(Handler, Handler, Handler)>,
+    by_cl: fn(usize) -> Option<Handler>,
+    by_cl_quiet: fn(usize) -> Option<Handler>,
+}
+
+fn shifting<S: shift::Shift>() -> Shifting {
+    Shifting {
+        by_immediate: shift::immediate::<S>,
+        variants: shift::variants::<S>,
+        by_cl: shift::variable::<S>,
+        by_cl_quiet: shift::variable_quiet::<S>,
+    }
+}
+
+/// The bit of a register of which a result of that size leaves a part.
+fn narrow(register: u8, size: usize) -> u32 {
+    if size < 4 { of(register) } else { 0 }
 }
 
 /// Byte offset of a register in the engine's.

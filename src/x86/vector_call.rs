@@ -149,14 +149,19 @@ impl VectorCall {
         Some(Self { operation, function, destination, first, third, source, immediate, is_wide, is_vex })
     }
 
-    /// The function with the numbers of the registers that `dst` and `src` stand for, where the call comes to no more
-    /// than that: an SSE instruction between registers that needs neither MXCSR, an immediate nor a third operand.
-    pub fn plain(&self) -> Option<(VectorFn, u8, u8)> {
-        match (self.destination, self.source) {
-            (Destination::Register(to), Source::Register(from))
-                if !self.is_vex && !self.operation.is_float && !self.operation.uses_third && self.immediate == 0 =>
+    /// The function, the destination's number and the immediate, where the call comes to no more than that and a source
+    /// of 16 bytes: an SSE instruction that needs neither MXCSR nor a third operand.
+    pub(super) fn plain(&self) -> Option<(VectorFn, u8, u8)> {
+        let is_whole = matches!(self.source, Source::Register(_) | Source::Memory { size: 16, is_aligned: true, .. });
+        match self.destination {
+            Destination::Register(to)
+                if is_whole
+                    && to == self.first
+                    && !self.is_vex
+                    && !self.operation.is_float
+                    && !self.operation.uses_third =>
             {
-                Some((self.function, to, from))
+                Some((self.function, to, self.immediate))
             }
             _ => None,
         }
