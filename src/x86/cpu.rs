@@ -123,6 +123,22 @@ impl Cpu {
 
     /// Executes until an exit, at most `budget` instructions. A read that the last exit was about is completed first.
     pub fn run(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
+        if self.debug.single_step && budget > 0 && self.steps_fast(platform) && self.engine.step() {
+            return CpuExit::SingleStep;
+        }
+        self.run_on(platform, budget)
+    }
+
+    /// Whether there is nothing to look at before a single step but the instruction.
+    fn steps_fast(&mut self, platform: &mut dyn Platform) -> bool {
+        self.is_undisturbed()
+            && !self.goes_slowly()
+            && self.engine.core.state.pending_read.is_none()
+            && self.interrupt_to_take(platform).is_none()
+    }
+
+    #[inline(never)]
+    fn run_on(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
         let target = self.engine.core.state.instructions.saturating_add(budget);
         if let Some(exit) = self.finish_read(platform) {
             return exit;
@@ -172,7 +188,7 @@ impl Cpu {
 
     /// What comes before an instruction: exits that wait, exceptions, interrupts, the end.
     fn event(&mut self, platform: &mut dyn Platform) -> Event {
-        if self.is_undisturbed() {
+        if self.is_undisturbed() && self.engine.core.state.core.registers.rflags & RFLAGS_IF == 0 {
             return Event::Nothing;
         }
         if let Some(exit) = self.left_over() {
@@ -202,11 +218,10 @@ impl Cpu {
         if is_alive { Event::Delivered } else { Event::Exit(CpuExit::Shutdown) }
     }
 
-    /// Whether nothing can come before the next instruction.
+    /// Whether nothing but an interrupt can come before the next instruction.
     fn is_undisturbed(&self) -> bool {
         let state = &self.engine.core.state;
-        state.core.registers.rflags & RFLAGS_IF == 0
-            && state.injected.is_none()
+        state.injected.is_none()
             && !state.halted
             && !state.shut_down
             && self.after.is_none()

@@ -11,6 +11,7 @@ use super::notes::Ops;
 use super::string::CHUNK;
 use super::translate::translate;
 use super::vector::Control;
+use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
 use super::{Outcome, execute_family};
 use crate::memory::GuestMemory;
 use crate::registers::{RCX, Registers};
@@ -82,6 +83,9 @@ pub(super) struct Engine {
     /// What functions of vector operations get.
     pub vector_source: u128,
     pub vector_control: Control,
+    pub vector_target: u128,
+    /// The host's MXCSR while it gathers the guest's flags.
+    host_mxcsr: Option<u32>,
     /// Everything else.
     pub core: Core,
     jumps: Box<[Jump; JUMPS]>,
@@ -93,6 +97,21 @@ pub(super) struct Engine {
     ops: Ops,
     breakpoints: HashSet<u64>,
     seen_code: u64,
+}
+
+/// MXCSR as a thread begins: all exceptions masked, rounding to nearest, no flags.
+const DEFAULT_MXCSR: u32 = 0x1f80;
+
+/// Loads MXCSR; returns what it was.
+#[inline(never)]
+fn exchange_mxcsr(new: u32) -> u32 {
+    let mut old = 0u32;
+    // SAFETY: reads and writes the two words, and the host's MXCSR gets a value that it has had or the default one:
+    // only flags, which nothing in the host looks at, differ from what compiled code expects.
+    unsafe {
+        std::arch::asm!("stmxcsr [{old}]", "ldmxcsr [{new}]", old = in(reg) &raw mut old, new = in(reg) &raw const new);
+    }
+    old
 }
 
 // SAFETY: the pointers are into blocks that the engine owns itself.
@@ -116,6 +135,8 @@ impl Engine {
             stop: Stop::Budget,
             vector_source: 0,
             vector_control: Control { mxcsr: 0x1f80, saved: 0, immediate: 0, third: 0 },
+            vector_target: 0,
+            host_mxcsr: None,
             core: Core::new(memory),
             jumps: boxed(),
             singles: boxed(),
@@ -212,12 +233,48 @@ impl Engine {
         self.budget = budget;
         self.rip = self.core.state.core.registers.rip;
         let stop = self.run_loaded();
+        self.take_float_flags();
         if budget != 1 || stop != Stop::Budget {
             self.settle();
         }
         self.core.state.core.registers.rip = self.rip;
         self.core.state.instructions = target - self.budget;
         stop
+    }
+
+    /// Executes the instruction at RIP as [`Engine::run`] with a budget of 1 does, if that is a common one that was met
+    /// before. False: nothing is done.
+    #[inline]
+    pub fn step(&mut self) -> bool {
+        let rip = self.core.state.core.registers.rip;
+        let known = self.singles[Self::single_slot(rip)];
+        let is_known = known.rip == rip && known.generation == self.core.mmu.generation;
+        let is_current = self.core.mmu.memory.code_lines().generation() == self.seen_code;
+        if !is_known || !is_current || !self.breakpoints.is_empty() {
+            return false;
+        }
+        if !self.is_loaded {
+            self.load();
+        }
+        self.block = known.block;
+        self.regs[START] = rip;
+        // SAFETY: blocks that the cache of the current generation knows are alive, and this is the first operation of the
+        // current one; the block that it returns is alive as well.
+        let next = unsafe {
+            let first = (*known.block).first;
+            let next = ((*first).run)(self, first);
+            if next.is_null() { None } else { Some((*next).rip) }
+        };
+        self.take_float_flags();
+        self.core.state.core.registers.rip = match (next, self.stop) {
+            (Some(rip), _) => rip,
+            (None, Stop::Link | Stop::Lookup) => self.rip,
+            (None, Stop::Next) => self.next,
+            (None, Stop::Again) => rip,
+            (None, Stop::Redo | Stop::Breakpoint | Stop::Budget) => return false,
+        };
+        self.core.state.instructions += 1;
+        true
     }
 
     fn run_loaded(&mut self) -> Stop {
@@ -318,6 +375,13 @@ impl Engine {
         ((rip ^ rip >> 12) & (JUMPS as u64 - 1)) as usize
     }
 
+    /// The place of an address in the cache of single instructions.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)]
+    fn single_slot(rip: u64) -> usize {
+        (rip & (SINGLES as u64 - 1)) as usize
+    }
+
     /// The block of an indirect branch's target, if it was found before.
     #[inline(always)]
     pub fn jump(&mut self, rip: u64) -> *mut Block {
@@ -346,7 +410,7 @@ impl Engine {
 
     /// The block of the one instruction at [`Engine::rip`].
     fn find_single(&mut self) -> *mut Block {
-        let slot = usize::try_from(self.rip % SINGLES as u64).expect("a small number");
+        let slot = Self::single_slot(self.rip);
         let known = self.singles[slot];
         if known.rip == self.rip && known.generation == self.core.mmu.generation {
             return known.block;
@@ -388,6 +452,27 @@ impl Engine {
         self.cache.insert(block, lines)
     }
 
+    /// Has the host's MXCSR gather the flags of floating-point operations, until [`Engine::take_float_flags`]. False if
+    /// the guest's rounding and masks are not those that a host's thread has: then each operation loads the guest's.
+    #[inline(always)]
+    pub fn gathers_float_flags(&mut self) -> bool {
+        if self.core.state.core.fpu.mxcsr & !EXCEPTION_FLAGS & MXCSR_VALID != DEFAULT_MXCSR {
+            return false;
+        }
+        if self.host_mxcsr.is_none() {
+            self.host_mxcsr = Some(exchange_mxcsr(DEFAULT_MXCSR));
+        }
+        true
+    }
+
+    /// Adds the flags that were gathered to the guest's.
+    #[inline(always)]
+    pub fn take_float_flags(&mut self) {
+        if let Some(host) = self.host_mxcsr.take() {
+            self.core.state.core.fpu.mxcsr |= exchange_mxcsr(host) & EXCEPTION_FLAGS;
+        }
+    }
+
     /// Executes an instruction of the other families in the middle of a block; false if the block must stop.
     #[inline(never)]
     pub fn slow(&mut self, op: *const Op) -> bool {
@@ -395,6 +480,7 @@ impl Engine {
         let (block, op) = unsafe { (&*self.block, &*op) };
         let decoded = &block.slow[usize::try_from(op.imm).expect("a small number")];
         let before = self.core.mmu.memory.code_lines().generation();
+        self.take_float_flags();
         self.store();
         self.core.state.core.registers.rip = decoded.instruction.ip();
         let (cpu, mut bus) = self.core.bus(None);

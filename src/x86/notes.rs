@@ -1,7 +1,7 @@
 //! What the builder of a block knows of its operations beyond what they execute, and what it makes of that: operations
 //! whose flags nobody reads compute none, and a copy between registers is joined with the operation that changes it.
 
-use super::block::{Handler, Op};
+use super::block::{Handler, LONGEST, Op};
 
 /// What an operation reads and leaves. The default holds for all: it may stop, so that all before it must be done.
 #[derive(Clone, Copy, Default)]
@@ -37,56 +37,74 @@ impl Note {
     }
 }
 
-/// The operations of a block in the making.
-#[derive(Default)]
+/// The operations of a block in the making. They are written where they stay: a copy of what has just been written piece
+/// by piece makes the host's CPU wait.
 pub(super) struct Ops {
-    pub list: Vec<Op>,
-    notes: Vec<Note>,
+    list: Vec<Op>,
+    /// Those of [`Ops::list`], and of the operation to come.
+    notes: Box<[Note; MOST]>,
 }
 
+/// More operations than a block ever has.
+const MOST: usize = LONGEST + 4;
 /// So many operations may stand between a copy and the one that it is joined with.
 const REACH: usize = 6;
+
+impl Default for Ops {
+    fn default() -> Self {
+        Self { list: Vec::with_capacity(MOST), notes: Box::new([Note::default(); MOST]) }
+    }
+}
 
 impl Ops {
     pub fn clear(&mut self) {
         self.list.clear();
-        self.notes.clear();
     }
 
-    pub fn push(&mut self, op: Op, note: Note) {
+    pub fn as_slice(&self) -> &[Op] {
+        &self.list
+    }
+
+    /// Says what is known of the operation to come.
+    #[inline(always)]
+    pub fn note(&mut self, note: Note) {
+        self.notes[self.list.len()] = note;
+    }
+
+    #[inline(always)]
+    pub fn push(&mut self, op: Op) {
         self.list.push(op);
-        self.notes.push(note);
     }
 
     /// Takes the last operation away.
     pub fn pop(&mut self) -> Option<Op> {
-        self.notes.pop();
         self.list.pop()
     }
 
-    /// Adds an operation, joined with the copy that has made its first operand, if there is one. True if it was.
-    pub fn push_joined(&mut self, mut op: Op, mut note: Note) -> bool {
-        let found = note.apart.and_then(|(size, loud, quiet)| Some((self.find_copy(op.r1, size)?, loud, quiet)));
-        if let Some((at, loud, quiet)) = found {
-            let copy = self.list.remove(at);
-            self.notes.remove(at);
-            (op.run, note.quiet) = (loud, Some(quiet));
-            op.base = copy.r2;
-            // The second operand is what the copy would have made.
-            if op.r2 == op.r1 {
-                op.r2 = copy.r2;
-            }
-            note.reads |= bit(copy.r2);
+    /// Joins the last operation with the copy that has made its first operand, if there is one. True if it did.
+    pub fn join(&mut self) -> bool {
+        let Some(last) = self.list.len().checked_sub(1) else { return false };
+        let Some((size, loud, quiet)) = self.notes[last].apart else { return false };
+        let Some(at) = self.find_copy(last, size) else { return false };
+        let copied = self.list[at].r2;
+        let (op, note) = (&mut self.list[last], &mut self.notes[last]);
+        (op.run, note.quiet) = (loud, Some(quiet));
+        op.base = copied;
+        // The second operand is what the copy would have made.
+        if op.r2 == op.r1 {
+            op.r2 = copied;
         }
-        self.push(op, note);
-        found.is_some()
+        note.reads |= bit(copied);
+        self.list.remove(at);
+        self.notes.copy_within(at + 1..=last, at);
+        true
     }
 
-    /// The copy to a register that may as well happen now: nobody has looked at it, nor changed what it copies.
-    fn find_copy(&self, register: u8, size: usize) -> Option<usize> {
+    /// The copy to the last operation's first register that may as well happen then: nobody has looked at it, nor changed what it copies.
+    fn find_copy(&self, last: usize, size: usize) -> Option<usize> {
+        let register = self.list[last].r1;
         let (mut reads, mut writes) = (0, 0);
-        let from = self.list.len().saturating_sub(REACH);
-        for at in (from..self.list.len()).rev() {
+        for at in (last.saturating_sub(REACH)..last).rev() {
             let (op, note) = (&self.list[at], &self.notes[at]);
             if !note.is_pure {
                 return None;
@@ -104,7 +122,7 @@ impl Ops {
     /// Lets operations compute no flags that are overwritten before anybody may look.
     pub fn drop_dead_flags(&mut self) {
         let mut is_read = true;
-        for (op, note) in self.list.iter_mut().zip(&self.notes).rev() {
+        for (op, note) in self.list.iter_mut().zip(self.notes.iter()).rev() {
             if let Some(quiet) = note.quiet.filter(|_| !is_read) {
                 op.run = quiet;
             }

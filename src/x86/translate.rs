@@ -14,19 +14,23 @@ use super::notes::{Note, Ops, bit as of};
 use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
+use super::ops::vector::FloatSource;
 use super::ops::{bit, breakpoint, data, flow, multiply, redo, shift, slow, string, vector};
 use super::privileged::needs_machine;
 use super::vector_call::{Destination, Source, VectorCall};
 use crate::registers::{RAX, RCX, RDX};
 
+/// The most bytes of a block. A longer one would be rare, and all of them are copied first.
+const WINDOW: usize = 256;
+
 /// What an instruction becomes.
 enum Made {
     /// An operation; the block goes on.
-    Op(Op),
+    Op,
     /// None: it does nothing.
     Nothing,
     /// An operation that ends the block.
-    End(Op),
+    End,
 }
 
 /// A memory operand as operations have it.
@@ -50,32 +54,30 @@ pub(super) fn translate(
     is_breakpoint: impl Fn(u64) -> bool,
 ) -> Option<Box<Block>> {
     let most = if is_single { 1 } else { LONGEST };
-    let room = usize::try_from(PAGE - physical % PAGE).ok()?.min(most * MAX_LENGTH);
+    let room = usize::try_from(PAGE - physical % PAGE).ok()?.min(WINDOW);
     let host = mmu.host(physical, room as u64)?;
-    let mut bytes = [0; LONGEST * MAX_LENGTH];
+    let mut bytes = [0; WINDOW];
     // SAFETY: at least that many bytes of RAM, and no more than the array has.
     unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), room) };
     ops.clear();
-    let note = Note::default();
-    let mut builder = Builder { rip, ops, note, tables: Tables::default(), offset: 0, number: 0, before: None };
+    let mut builder = Builder { rip, ops, tables: Tables::default(), offset: 0, number: 0, before: None };
     let ended = builder.fill(&bytes[..room], most, |at| !is_single && is_breakpoint(at));
-    if builder.ops.list.is_empty() && builder.number == 0 {
+    if builder.ops.as_slice().is_empty() && builder.number == 0 {
         return None;
     }
     if !ended {
+        builder.ops.note(Note::default());
         let op = builder.op(flow::go_on);
-        builder.ops.push(op, Note::default());
+        builder.ops.push(op);
     }
     builder.ops.drop_dead_flags();
     let (length, count) = (builder.offset.into(), builder.number.into());
-    Some(Block::new(rip, physical, length, count, &builder.ops.list, builder.tables))
+    Some(Block::new(rip, physical, length, count, builder.ops.as_slice(), builder.tables))
 }
 
 struct Builder<'a> {
     rip: u64,
     ops: &'a mut Ops,
-    /// What is known of the instruction's operation.
-    note: Note,
     tables: Tables,
     /// Bytes so far.
     offset: u16,
@@ -92,8 +94,9 @@ impl Builder<'_> {
         let mut instruction = Instruction::default();
         while usize::from(self.number) < most && decoder.can_decode() {
             if is_breakpoint(self.rip.wrapping_add(self.offset.into())) {
+                self.ops.note(Note::default());
                 let op = self.op(breakpoint);
-                self.ops.push(op, Note::default());
+                self.ops.push(op);
                 // It counts as an instruction that is never executed, so that a block is never empty.
                 self.number += 1;
                 self.offset += 1;
@@ -109,22 +112,28 @@ impl Builder<'_> {
             self.number += 1;
             self.offset += u16::try_from(length).expect("at most 15");
             match made {
-                Made::Op(op) => {
-                    if self.ops.push_joined(op, self.note) {
+                Made::Op => {
+                    if self.ops.join() {
                         self.before = None;
                     }
                 }
                 Made::Nothing => self.before = None,
-                Made::End(op) => {
-                    self.ops.push(op, self.note);
-                    return true;
-                }
+                Made::End => return true,
             }
         }
         false
     }
 
+    /// Makes it the instruction's operation.
+    #[inline(always)]
+    #[allow(clippy::unnecessary_wraps)]
+    fn place(&mut self, op: Op) -> Option<()> {
+        self.ops.push(op);
+        Some(())
+    }
+
     /// An operation for the instruction at the current offset.
+    #[inline(always)]
     fn op(&self, run: Handler) -> Op {
         let zero = offset(ZERO);
         Op {
@@ -143,69 +152,71 @@ impl Builder<'_> {
 
     fn make(&mut self, i: &Instruction, code: &[u8]) -> Made {
         let before = self.before.take();
-        self.note = Note::default();
-        if let Some(end) = self.branch(i, before) {
-            return Made::End(end);
+        self.ops.note(Note::default());
+        if self.branch(i, before).is_some() {
+            return Made::End;
         }
         if i.flow_control() != FlowControl::Next
             || needs_machine(i)
             || matches!(i.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp)
         {
-            return Made::End(self.op(redo));
+            self.place(self.op(redo));
+            return Made::End;
         }
         if does_nothing(i) {
             return Made::Nothing;
         }
-        if let Some(op) = self.fast(i) {
-            return Made::Op(op);
+        if self.fast(i).is_some() {
+            return Made::Op;
         }
-        self.note = Note::default();
+        self.ops.note(Note::default());
         let imm = i32::try_from(self.tables.slow.len()).expect("at most 64");
         let mut bytes = [0; MAX_LENGTH];
         bytes[..code.len()].copy_from_slice(code);
         self.tables.slow.push(Decoded { instruction: *i, code: bytes });
-        Made::Op(Op { imm, ..self.op(slow) })
+        self.place(Op { imm, ..self.op(slow) });
+        Made::Op
     }
 
     /// Direct and indirect branches, calls and returns.
-    fn branch(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<Op> {
+    fn branch(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<()> {
         if i.op_count() > 0 && i.op_kind(0) == OpKind::NearBranch64 {
             let disp = i32::try_from(i.near_branch64().wrapping_sub(self.rip).cast_signed()).ok()?;
             // A target that wraps out of the canonical range is the slow executor's.
             if (i.near_branch64() << 16).cast_signed() >> 16 != i.near_branch64().cast_signed() {
                 return None;
             }
-            return Some(match i.mnemonic() {
-                Mnemonic::Jmp => Op { disp, ..self.op(flow::jump) },
-                Mnemonic::Call => Op { disp, ..self.op(flow::call) },
-                _ if i.is_jcc_short_or_near() => self.conditional(i, before, disp)?,
-                _ => return None,
-            });
+            return match i.mnemonic() {
+                Mnemonic::Jmp => self.place(Op { disp, ..self.op(flow::jump) }),
+                Mnemonic::Call => self.place(Op { disp, ..self.op(flow::call) }),
+                _ if i.is_jcc_short_or_near() => self.conditional(i, before, disp),
+                _ => None,
+            };
         }
         let (register, memory): (Handler, Handler) = match i.code() {
             Code::Jmp_rm64 => (flow::jump_r, flow::jump_m),
             Code::Call_rm64 => (flow::call_r, flow::call_m),
-            Code::Retnq => return Some(self.op(flow::ret)),
-            Code::Retnq_imm16 => return Some(Op { imm: i.immediate16().into(), ..self.op(flow::ret) }),
+            Code::Retnq => return self.place(self.op(flow::ret)),
+            Code::Retnq_imm16 => return self.place(Op { imm: i.immediate16().into(), ..self.op(flow::ret) }),
             _ => return None,
         };
         if let Some((r1, _)) = register_operand(i, 0) {
-            return Some(Op { r1, ..self.op(register) });
+            return self.place(Op { r1, ..self.op(register) });
         }
-        Some(with_memory(self.op(memory), self.memory(i)?))
+        self.place(with_memory(self.op(memory), self.memory(i)?))
     }
 
     /// Jcc, joined with the operation before it if that can be.
-    fn conditional(&mut self, i: &Instruction, before: Option<(Joined, usize)>, disp: i32) -> Option<Op> {
+    fn conditional(&mut self, i: &Instruction, before: Option<(Joined, usize)>, disp: i32) -> Option<()> {
         let condition = condition(i)?;
         if let Some((what, size)) = before
             && let Some(run) = alu::joined(what, size, condition)
         {
             let last = self.ops.pop().expect("there is one before");
-            self.note = Note { sets_flags: !matches!(what, Joined::Inc | Joined::Dec), ..Note::pure(0, 0) };
-            return Some(Op { run, disp, ..last });
+            self.ops.note(Note { sets_flags: !matches!(what, Joined::Inc | Joined::Dec), ..Note::pure(0, 0) });
+            return self.place(Op { run, disp, ..last });
         }
-        Some(Op { disp, ..self.op(flow::conditional(condition)) })
+        self.place(Op { disp, ..self.op(flow::conditional(condition)) })
     }
 
     /// The memory operand, if operations can have it.
@@ -247,15 +258,12 @@ impl Builder<'_> {
     }
 
     /// The operation of its own that an instruction has.
-    fn fast(&mut self, i: &Instruction) -> Option<Op> {
+    fn fast(&mut self, i: &Instruction) -> Option<()> {
         if i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg && has_memory(i) {
             return self.atomic(i);
         }
-        if i.has_rep_prefix()
-            && !i.has_repne_prefix()
-            && let Some(op) = self.repeated(i)
-        {
-            return Some(op);
+        if i.has_rep_prefix() && !i.has_repne_prefix() && self.repeated(i).is_some() {
+            return Some(());
         }
         self.arithmetic(i)
             .or_else(|| self.data(i))
@@ -265,7 +273,7 @@ impl Builder<'_> {
             .or_else(|| self.vector(i))
     }
 
-    fn repeated(&self, i: &Instruction) -> Option<Op> {
+    fn repeated(&mut self, i: &Instruction) -> Option<()> {
         let (size, moves) = match i.code() {
             Code::Movsb_m8_m8 => (1, true),
             Code::Movsw_m16_m16 => (2, true),
@@ -280,10 +288,10 @@ impl Builder<'_> {
         let is_wide = i.op_kind(0) == OpKind::MemoryESRDI;
         let is_plain = !moves || !matches!(i.memory_segment(), Register::FS | Register::GS);
         let is_wide = is_wide && (!moves || i.op_kind(1) == OpKind::MemorySegRSI);
-        (is_wide && is_plain).then(|| self.op(string::string(size, moves)))
+        (is_wide && is_plain).then(|| self.op(string::string(size, moves))).and_then(|op| self.place(op))
     }
 
-    fn atomic(&self, i: &Instruction) -> Option<Op> {
+    fn atomic(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         let kind = match i.mnemonic() {
             M::Xchg => Kind::Exchange,
@@ -304,10 +312,10 @@ impl Builder<'_> {
         let imm = if i.op_count() == 2 && register.is_none() { Some(immediate(i, 1)?) } else { None };
         let op = self.op(locked(kind, size, imm.is_some())?);
         let op = Op { r2: register.map_or(0, |(r, _)| r), imm: imm.unwrap_or(0), ..op };
-        Some(with_memory(op, memory))
+        self.place(with_memory(op, memory))
     }
 
-    fn arithmetic(&mut self, i: &Instruction) -> Option<Op> {
+    fn arithmetic(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         let choose: Arithmetic = match i.mnemonic() {
             M::Add => variants::<alu::Add>(),
@@ -329,14 +337,14 @@ impl Builder<'_> {
         let is_indexed = op.index != offset(ZERO);
         let reads = of(op.r1) | if form == Form::RegisterRegister { of(op.r2) } else { 0 };
         let writes = if choose.others.is_some() { of(op.r1) } else { 0 };
-        self.note = Note {
+        self.ops.note(Note {
             quiet: choose.others.and_then(|(quiet, _)| quiet(form, size, is_indexed)),
             apart: choose.others.and_then(|(_, apart)| apart(form, size)),
             sets_flags: true,
             reads_flags: matches!(i.mnemonic(), M::Adc | M::Sbb),
             is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
             ..Note::pure(reads, writes)
-        };
+        });
         self.before = match (i.mnemonic(), form) {
             (M::Cmp, Form::RegisterRegister) => Some(Joined::CmpRegister),
             (M::Cmp, Form::RegisterImmediate) => Some(Joined::CmpImmediate),
@@ -347,10 +355,11 @@ impl Builder<'_> {
             _ => None,
         }
         .map(|joined| (joined, size));
-        Some(op)
+        self.place(op)
     }
 
     /// An operation on two operands of any form.
+    #[inline(always)]
     fn two_operands(&self, i: &Instruction, choose: fn(Form, usize, bool) -> Handler) -> Option<(Op, Form, usize)> {
         if let Some((r1, size)) = register_operand(i, 0) {
             if let Some((r2, _)) = register_operand(i, 1) {
@@ -385,17 +394,20 @@ impl Builder<'_> {
         choose: fn(bool, usize) -> Handler,
         quiet: fn(usize) -> Option<Handler>,
         joined: Option<Joined>,
-    ) -> Option<Op> {
+    ) -> Option<()> {
         if let Some((r1, size)) = register_operand(i, 0) {
             self.before = joined.map(|joined| (joined, size));
-            self.note =
-                Note { quiet: quiet(size), sets_flags: i.mnemonic() == Mnemonic::Neg, ..Note::pure(of(r1), of(r1)) };
-            return Some(Op { r1, ..self.op(choose(false, size)) });
+            self.ops.note(Note {
+                quiet: quiet(size),
+                sets_flags: i.mnemonic() == Mnemonic::Neg,
+                ..Note::pure(of(r1), of(r1))
+            });
+            return self.place(Op { r1, ..self.op(choose(false, size)) });
         }
-        Some(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
+        self.place(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
     }
 
-    fn data(&mut self, i: &Instruction) -> Option<Op> {
+    fn data(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         match i.mnemonic() {
             M::Mov | M::Movnti => self.mov(i),
@@ -409,40 +421,40 @@ impl Builder<'_> {
                 }
                 let memory = self.memory(i)?;
                 let reads = of(memory.base) | of(memory.index) | narrow(r1, size);
-                self.note = Note::pure(reads, of(r1));
-                Some(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
+                self.ops.note(Note::pure(reads, of(r1)));
+                self.place(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
             }
             M::Xchg => {
                 let ((r1, size), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-                self.note = Note::pure(of(r1) | of(r2), of(r1) | of(r2));
-                Some(Op { r1, r2, ..self.op(data::exchange(size)) })
+                self.ops.note(Note::pure(of(r1) | of(r2), of(r1) | of(r2)));
+                self.place(Op { r1, r2, ..self.op(data::exchange(size)) })
             }
-            M::Cdqe => Some(self.pure(data::cdqe, RAX, RAX)),
-            M::Cwde => Some(self.pure(data::cwde, RAX, RAX)),
-            M::Cdq => Some(self.pure(data::cdq, RAX, RDX)),
-            M::Cqo => Some(self.pure(data::cqo, RAX, RDX)),
-            M::Cld => Some(self.op(data::direction)),
-            M::Std => Some(Op { imm: 1, ..self.op(data::direction) }),
-            M::Clc => Some(self.op(data::carry)),
-            M::Stc => Some(Op { imm: 1, ..self.op(data::carry) }),
-            M::Cmc => Some(self.op(data::complement_carry)),
+            M::Cdqe => self.pure(data::cdqe, RAX, RAX),
+            M::Cwde => self.pure(data::cwde, RAX, RAX),
+            M::Cdq => self.pure(data::cdq, RAX, RDX),
+            M::Cqo => self.pure(data::cqo, RAX, RDX),
+            M::Cld => self.place(self.op(data::direction)),
+            M::Std => self.place(Op { imm: 1, ..self.op(data::direction) }),
+            M::Clc => self.place(self.op(data::carry)),
+            M::Stc => self.place(Op { imm: 1, ..self.op(data::carry) }),
+            M::Cmc => self.place(self.op(data::complement_carry)),
             _ => self.on_condition(i),
         }
     }
 
     /// An operation that only works on these registers.
-    fn pure(&mut self, run: Handler, reads: usize, writes: usize) -> Op {
-        self.note = Note::pure(1 << reads, 1 << writes);
-        self.op(run)
+    fn pure(&mut self, run: Handler, reads: usize, writes: usize) -> Option<()> {
+        self.ops.note(Note::pure(1 << reads, 1 << writes));
+        self.place(self.op(run))
     }
 
-    fn mov(&mut self, i: &Instruction) -> Option<Op> {
+    fn mov(&mut self, i: &Instruction) -> Option<()> {
         if let (Some((r1, size)), OpKind::Immediate64) = (register_operand(i, 0), i.op_kind(1)) {
             let bytes = i.immediate64().to_le_bytes();
             let half = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
             debug_assert_eq!(size, 8);
-            self.note = Note::pure(0, of(r1));
-            return Some(Op { r1, imm: half(0), disp: half(4), ..self.op(data::mov_wide) });
+            self.ops.note(Note::pure(0, of(r1)));
+            return self.place(Op { r1, imm: half(0), disp: half(4), ..self.op(data::mov_wide) });
         }
         let choose = |form, size, is_indexed| match form {
             Form::RegisterRegister => data::move_register(size),
@@ -453,60 +465,60 @@ impl Builder<'_> {
         };
         let (op, form, size) = self.two_operands(i, choose)?;
         let writes = of(op.r1);
-        self.note = match form {
+        self.ops.note(match form {
             Form::RegisterRegister => Note {
                 copies: Some(size).filter(|size| *size >= 4),
                 ..Note::pure(of(op.r2) | narrow(op.r1, size), writes)
             },
             Form::RegisterImmediate => Note::pure(narrow(op.r1, size), writes),
             _ => Note::default(),
-        };
-        Some(op)
+        });
+        self.place(op)
     }
 
-    fn extended(&mut self, i: &Instruction, is_signed: bool) -> Option<Op> {
+    fn extended(&mut self, i: &Instruction, is_signed: bool) -> Option<()> {
         let (r1, to) = register_operand(i, 0)?;
         if let Some((r2, from)) = register_operand(i, 1) {
-            self.note = Note::pure(of(r2) | narrow(r1, to), of(r1));
-            return Some(Op { r1, r2, ..self.op(data::extending(to, from, is_signed, None)?) });
+            self.ops.note(Note::pure(of(r2) | narrow(r1, to), of(r1)));
+            return self.place(Op { r1, r2, ..self.op(data::extending(to, from, is_signed, None)?) });
         }
         let (memory, from) = (self.memory(i)?, i.memory_size().size());
         let run = data::extending(to, from, is_signed, Some(memory.is_indexed))?;
-        Some(with_memory(Op { r1, ..self.op(run) }, memory))
+        self.place(with_memory(Op { r1, ..self.op(run) }, memory))
     }
 
     /// SETcc and CMOVcc.
-    fn on_condition(&mut self, i: &Instruction) -> Option<Op> {
+    fn on_condition(&mut self, i: &Instruction) -> Option<()> {
         let condition = condition(i)?;
         if i.op_count() == 1 {
             if let Some((r1, _)) = register_operand(i, 0) {
-                self.note = Note { reads_flags: true, ..Note::pure(of(r1), of(r1)) };
-                return Some(Op { r1, ..self.op(data::set_condition(condition, false)) });
+                self.ops.note(Note { reads_flags: true, ..Note::pure(of(r1), of(r1)) });
+                return self.place(Op { r1, ..self.op(data::set_condition(condition, false)) });
             }
-            return Some(with_memory(self.op(data::set_condition(condition, true)), self.memory(i)?));
+            return self.place(with_memory(self.op(data::set_condition(condition, true)), self.memory(i)?));
         }
         let (r1, size) = register_operand(i, 0)?;
         if let Some((r2, _)) = register_operand(i, 1) {
-            self.note = Note { reads_flags: true, ..Note::pure(of(r1) | of(r2), of(r1)) };
-            return Some(Op { r1, r2, ..self.op(data::conditional_move(size, condition, false)?) });
+            self.ops.note(Note { reads_flags: true, ..Note::pure(of(r1) | of(r2), of(r1)) });
+            return self.place(Op { r1, r2, ..self.op(data::conditional_move(size, condition, false)?) });
         }
         let op = Op { r1, ..self.op(data::conditional_move(size, condition, true)?) };
-        Some(with_memory(op, self.memory(i)?))
+        self.place(with_memory(op, self.memory(i)?))
     }
 
-    fn stack(&self, i: &Instruction) -> Option<Op> {
+    fn stack(&mut self, i: &Instruction) -> Option<()> {
         match i.code() {
-            Code::Push_r64 => Some(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::push_r) }),
-            Code::Pushq_imm8 | Code::Pushq_imm32 => Some(Op { imm: immediate(i, 0)?, ..self.op(flow::push_i) }),
-            Code::Push_rm64 if has_memory(i) => Some(with_memory(self.op(flow::push_m), self.memory(i)?)),
-            Code::Pop_r64 => Some(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::pop_r) }),
-            Code::Leaveq => Some(self.op(flow::leave)),
-            Code::Pushfq => Some(self.op(flow::push_flags)),
+            Code::Push_r64 => self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::push_r) }),
+            Code::Pushq_imm8 | Code::Pushq_imm32 => self.place(Op { imm: immediate(i, 0)?, ..self.op(flow::push_i) }),
+            Code::Push_rm64 if has_memory(i) => self.place(with_memory(self.op(flow::push_m), self.memory(i)?)),
+            Code::Pop_r64 => self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::pop_r) }),
+            Code::Leaveq => self.place(self.op(flow::leave)),
+            Code::Pushfq => self.place(self.op(flow::push_flags)),
             _ => None,
         }
     }
 
-    fn shifted(&mut self, i: &Instruction) -> Option<Op> {
+    fn shifted(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         let (r1, size) = register_operand(i, 0)?;
         let choose: Shifting = match i.mnemonic() {
@@ -520,41 +532,46 @@ impl Builder<'_> {
             M::Sarx => return self.shift_without_flags(i, 2),
             M::Rorx => {
                 let (r2, _) = register_operand(i, 1)?;
-                self.note = Note::pure(of(r2), of(r1));
-                return Some(Op { r1, r2, imm: i.immediate8().into(), ..self.op(shift::rotate_without_flags(size)) });
+                self.ops.note(Note::pure(of(r2), of(r1)));
+                return self.place(Op {
+                    r1,
+                    r2,
+                    imm: i.immediate8().into(),
+                    ..self.op(shift::rotate_without_flags(size))
+                });
             }
             _ => return None,
         };
         if i.op_kind(1) == OpKind::Register {
             let note = Note::pure(of(r1) | 1 << RCX, of(r1));
-            self.note = Note { quiet: (choose.by_cl_quiet)(size), ..note };
-            return Some(Op { r1, ..self.op((choose.by_cl)(size)?) });
+            self.ops.note(Note { quiet: (choose.by_cl_quiet)(size), ..note });
+            return self.place(Op { r1, ..self.op((choose.by_cl)(size)?) });
         }
         let count = i.immediate8() & if size == 8 { 63 } else { 31 };
         if count == 0 || usize::from(count) >= 8 * size {
             return None;
         }
         let variants = (choose.variants)(size);
-        self.note = Note {
+        self.ops.note(Note {
             quiet: variants.map(|(quiet, ..)| quiet),
             apart: variants.map(|(_, apart, quiet)| (size, apart, quiet)),
             sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
             ..Note::pure(of(r1), of(r1))
-        };
-        Some(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
+        });
+        self.place(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
     }
 
-    fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<Op> {
+    fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<()> {
         let ((r1, size), (r2, _), (base, _)) =
             (register_operand(i, 0)?, register_operand(i, 1)?, register_operand(i, 2)?);
-        self.note = Note::pure(of(r2) | of(base), of(r1));
-        Some(Op { r1, r2, base, ..self.op(shift::without_flags(kind, size)) })
+        self.ops.note(Note::pure(of(r2) | of(base), of(r1)));
+        self.place(Op { r1, r2, base, ..self.op(shift::without_flags(kind, size)) })
     }
 
     /// Multiplication, division, and operations on bits.
-    fn counted(&mut self, i: &Instruction) -> Option<Op> {
+    fn counted(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
-        let one = |run: Option<Handler>| Some(Op { r1: register_operand(i, 0)?.0, ..self.op(run?) });
+        let mut one = |run: Option<Handler>| self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(run?) });
         let size = register_operand(i, 0).map_or(0, |(_, size)| size);
         match i.mnemonic() {
             M::Imul if i.op_count() == 1 => one(multiply::product(size, true)),
@@ -564,8 +581,8 @@ impl Builder<'_> {
             M::Imul => self.truncated(i, size),
             M::Bswap => {
                 let (r1, _) = register_operand(i, 0)?;
-                self.note = Note::pure(of(r1), of(r1));
-                Some(Op { r1, ..self.op(bit::swap(size)?) })
+                self.ops.note(Note::pure(of(r1), of(r1)));
+                self.place(Op { r1, ..self.op(bit::swap(size)?) })
             }
             M::Bt => self.bit_test(i, 0, size),
             M::Bts => self.bit_test(i, 1, size),
@@ -579,14 +596,14 @@ impl Builder<'_> {
             M::Andn => {
                 let ((r1, size), (base, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
                 let (r2, _) = register_operand(i, 2)?;
-                self.note = Note { sets_flags: true, ..Note::pure(of(base) | of(r2), of(r1)) };
-                Some(Op { r1, base, r2, ..self.op(bit::and_not(size)) })
+                self.ops.note(Note { sets_flags: true, ..Note::pure(of(base) | of(r2), of(r1)) });
+                self.place(Op { r1, base, r2, ..self.op(bit::and_not(size)) })
             }
             _ => None,
         }
     }
 
-    fn truncated(&mut self, i: &Instruction, size: usize) -> Option<Op> {
+    fn truncated(&mut self, i: &Instruction, size: usize) -> Option<()> {
         let (r1, _) = register_operand(i, 0)?;
         let note = |reads, form| Note {
             quiet: multiply::truncated_quiet(size, form),
@@ -595,34 +612,34 @@ impl Builder<'_> {
         };
         if i.op_count() == 3 {
             let (r2, _) = register_operand(i, 1)?;
-            self.note = note(of(r2), 1);
-            return Some(Op { r1, r2, imm: immediate(i, 2)?, ..self.op(multiply::truncated(size, 1)?) });
+            self.ops.note(note(of(r2), 1));
+            return self.place(Op { r1, r2, imm: immediate(i, 2)?, ..self.op(multiply::truncated(size, 1)?) });
         }
         if let Some((r2, _)) = register_operand(i, 1) {
-            self.note = note(of(r1) | of(r2), 0);
-            return Some(Op { r1, r2, ..self.op(multiply::truncated(size, 0)?) });
+            self.ops.note(note(of(r1) | of(r2), 0));
+            return self.place(Op { r1, r2, ..self.op(multiply::truncated(size, 0)?) });
         }
-        Some(with_memory(Op { r1, ..self.op(multiply::truncated(size, 2)?) }, self.memory(i)?))
+        self.place(with_memory(Op { r1, ..self.op(multiply::truncated(size, 2)?) }, self.memory(i)?))
     }
 
-    fn bit_test(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
+    fn bit_test(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<()> {
         let (r1, _) = register_operand(i, 0)?;
         let second = register_operand(i, 1).map_or(0, |(r2, _)| of(r2));
-        self.note = Note::pure(of(r1) | second, if kind == 0 { 0 } else { of(r1) });
+        self.ops.note(Note::pure(of(r1) | second, if kind == 0 { 0 } else { of(r1) }));
         if let Some((r2, _)) = register_operand(i, 1) {
-            return Some(Op { r1, r2, ..self.op(bit::bit_test(kind, size, false)?) });
+            return self.place(Op { r1, r2, ..self.op(bit::bit_test(kind, size, false)?) });
         }
-        Some(Op { r1, imm: i.immediate8().into(), ..self.op(bit::bit_test(kind, size, true)?) })
+        self.place(Op { r1, imm: i.immediate8().into(), ..self.op(bit::bit_test(kind, size, true)?) })
     }
 
-    fn bit_count(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
+    fn bit_count(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<()> {
         let ((r1, _), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
         // BSF and BSR may leave their destination as it is.
-        self.note = Note::pure(of(r1) | of(r2), of(r1));
-        Some(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
+        self.ops.note(Note::pure(of(r1) | of(r2), of(r1)));
+        self.place(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
     }
 
-    fn vector(&mut self, i: &Instruction) -> Option<Op> {
+    fn vector(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         let xmm = |operand| xmm_operand(i, operand);
         match i.mnemonic() {
@@ -640,28 +657,32 @@ impl Builder<'_> {
         .or_else(|| self.vector_call(i))
     }
 
-    fn whole(&self, i: &Instruction, is_aligned: bool) -> Option<Op> {
+    fn whole(&mut self, i: &Instruction, is_aligned: bool) -> Option<()> {
         match (xmm_operand(i, 0), xmm_operand(i, 1)) {
-            (Some(r1), Some(r2)) => Some(Op { r1, r2, ..self.op(vector::move_rr) }),
-            (Some(r1), None) => Some(with_memory(Op { r1, ..self.op(vector::load(is_aligned)) }, self.memory(i)?)),
-            (None, Some(r2)) => Some(with_memory(Op { r2, ..self.op(vector::store(is_aligned)) }, self.memory(i)?)),
+            (Some(r1), Some(r2)) => self.place(Op { r1, r2, ..self.op(vector::move_rr) }),
+            (Some(r1), None) => {
+                self.place(with_memory(Op { r1, ..self.op(vector::load(is_aligned)) }, self.memory(i)?))
+            }
+            (None, Some(r2)) => {
+                self.place(with_memory(Op { r2, ..self.op(vector::store(is_aligned)) }, self.memory(i)?))
+            }
             _ => None,
         }
     }
 
-    fn part(&self, i: &Instruction, size: usize) -> Option<Op> {
+    fn part(&mut self, i: &Instruction, size: usize) -> Option<()> {
         match (xmm_operand(i, 0), xmm_operand(i, 1)) {
             (Some(r1), None) => match register_operand(i, 1) {
-                Some((r2, _)) => Some(Op { r1, r2, ..self.op(vector::part_from_register(size)) }),
+                Some((r2, _)) => self.place(Op { r1, r2, ..self.op(vector::part_from_register(size)) }),
                 None if has_memory(i) => {
-                    Some(with_memory(Op { r1, ..self.op(vector::part_from_memory(size)) }, self.memory(i)?))
+                    self.place(with_memory(Op { r1, ..self.op(vector::part_from_memory(size)) }, self.memory(i)?))
                 }
                 None => None,
             },
             (None, Some(r2)) => match register_operand(i, 0) {
-                Some((r1, _)) => Some(Op { r1, r2, ..self.op(vector::part_to_register(size)) }),
+                Some((r1, _)) => self.place(Op { r1, r2, ..self.op(vector::part_to_register(size)) }),
                 None if has_memory(i) => {
-                    Some(with_memory(Op { r2, ..self.op(vector::part_to_memory(size)) }, self.memory(i)?))
+                    self.place(with_memory(Op { r2, ..self.op(vector::part_to_memory(size)) }, self.memory(i)?))
                 }
                 None => None,
             },
@@ -669,13 +690,13 @@ impl Builder<'_> {
         }
     }
 
-    fn bitwise(&self, i: &Instruction, kind: u8) -> Option<Op> {
+    fn bitwise(&mut self, i: &Instruction, kind: u8) -> Option<()> {
         let (r1, r2) = (xmm_operand(i, 0)?, xmm_operand(i, 1)?);
-        Some(Op { r1, r2, ..self.op(vector::bitwise(kind)) })
+        self.place(Op { r1, r2, ..self.op(vector::bitwise(kind)) })
     }
 
     /// Operations of the table, of 128 bits and less.
-    fn vector_call(&mut self, i: &Instruction) -> Option<Op> {
+    fn vector_call(&mut self, i: &Instruction) -> Option<()> {
         let uses_mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
         if i.encoding() != iced_x86::EncodingKind::Legacy || uses_mmx {
             return None;
@@ -684,18 +705,46 @@ impl Builder<'_> {
         if let (Source::Memory { .. }, Destination::General(_)) = (call.source, call.destination) {
             return None;
         }
-        if let Some(op) = self.plain(i, &call) {
-            return Some(op);
+        if self.plain(i, &call).is_some() || self.float(i, &call).is_some() {
+            return Some(());
         }
         let imm = i32::try_from(self.tables.vectors.len()).expect("at most 64");
         let op = Op { imm, ..self.op(vector::call) };
         let op = if let Source::Memory { .. } = call.source { with_memory(op, self.memory(i)?) } else { op };
         self.tables.vectors.push(call);
-        Some(op)
+        self.place(op)
+    }
+
+    /// A floating-point operation that leaves MXCSR to the host's CPU.
+    fn float(&mut self, i: &Instruction, call: &VectorCall) -> Option<()> {
+        call.bare?;
+        let (source, r2) = match call.source {
+            Source::Register(number) => (FloatSource::Register, number),
+            Source::General(register) => {
+                slot(register).map(|place| (FloatSource::General(place.size), offset(place.index)))?
+            }
+            Source::Memory { size, is_signed: false, .. } => (FloatSource::Memory(size.into()), 0),
+            _ => return None,
+        };
+        let is_comparison = call.destination == Destination::Flags;
+        if !is_comparison && call.destination != Destination::Register(call.first) {
+            return None;
+        }
+        let run = vector::float(source, is_comparison)?;
+        let imm = i32::try_from(self.tables.vectors.len()).expect("at most 64");
+        let op = Op { r1: call.first, r2, imm, ..self.op(run) };
+        let op = if let FloatSource::Memory(_) = source { with_memory(op, self.memory(i)?) } else { op };
+        self.tables.vectors.push(*call);
+        self.place(op)
     }
 
     /// An operation that is a call of a function and no more.
-    fn plain(&mut self, i: &Instruction, call: &VectorCall) -> Option<Op> {
+    fn plain(&mut self, i: &Instruction, call: &VectorCall) -> Option<()> {
+        use Mnemonic as M;
+        if matches!(i.mnemonic(), M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss) {
+            // Computed, with floating-point operations whose flags are not the guest's.
+            return None;
+        }
         let (function, r1, immediate) = call.plain()?;
         let imm = i32::try_from(self.tables.functions.len()).expect("at most 64");
         let op = match call.source {
@@ -704,7 +753,7 @@ impl Builder<'_> {
             _ => return None,
         };
         self.tables.functions.push(function);
-        Some(op)
+        self.place(op)
     }
 }
 
@@ -778,6 +827,7 @@ fn immediate(i: &Instruction, operand: u32) -> Option<i32> {
     if is_narrow { Some((value & 0xffff_ffff) as u32 as i32) } else { i32::try_from(value).ok() }
 }
 
+#[inline(always)]
 fn with_memory(op: Op, memory: Memory) -> Op {
     let Memory { base, index, scale, disp, .. } = memory;
     Op { base, index, scale, disp, ..op }
@@ -809,9 +859,5 @@ fn condition(i: &Instruction) -> Option<u8> {
 /// NOPs and hints.
 fn does_nothing(i: &Instruction) -> bool {
     use Mnemonic as M;
-    match i.mnemonic() {
-        M::Nop | M::Endbr64 => true,
-        M::Pause => i.len() == 2,
-        _ => false,
-    }
+    matches!(i.mnemonic(), M::Nop | M::Endbr64)
 }

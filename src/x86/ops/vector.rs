@@ -7,6 +7,7 @@ use std::arch::x86_64::{
 
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
+use super::super::lazy::Lazy;
 use super::int::Int;
 use super::{Address, Indexed, find, locate, next, redo, reg, set};
 use crate::registers::{CR0_TS, CR4_OSFXSR};
@@ -192,6 +193,89 @@ pub(in super::super) unsafe fn plain_memory(e: &mut Engine, op: *const Op) -> *m
     next!(e, op)
 }
 
+/// Where the source of a floating-point operation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum FloatSource {
+    /// A vector register.
+    Register,
+    /// A general register of so many bytes.
+    General(usize),
+    /// So many bytes of memory.
+    Memory(usize),
+}
+
+/// Calls a floating-point operation with its source in [`Engine::vector_source`].
+#[inline(always)]
+unsafe fn calculate<const FLAGS: bool>(e: &mut Engine, op: *const Op, source: __m128i) {
+    _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
+    let function = (&(*e.block).vectors).get_unchecked((*op).imm as usize).bare.unwrap_unchecked();
+    if FLAGS {
+        let first = value(e, (*op).r1);
+        _mm_storeu_si128((&raw mut e.vector_target).cast(), first);
+        function(&raw mut e.vector_target, &raw const e.vector_source, &raw mut e.vector_control);
+        e.flags = Lazy::from_flags(e.vector_target as u64);
+    } else {
+        let to = xmm(e, (*op).r1);
+        function(to, &raw const e.vector_source, &raw mut e.vector_control);
+    }
+}
+
+unsafe fn float_r<const FLAGS: bool>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) || !e.gathers_float_flags() {
+        return call(e, op);
+    }
+    let source = value(e, (*op).r2);
+    calculate::<FLAGS>(e, op, source);
+    next!(e, op)
+}
+
+unsafe fn float_general<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) || !e.gathers_float_flags() {
+        return call(e, op);
+    }
+    let source = _mm_cvtsi64_si128(reg::<T>(e, (*op).r2).sx().cast_signed());
+    calculate::<false>(e, op, source);
+    next!(e, op)
+}
+
+unsafe fn float_m<T: Int, const FLAGS: bool>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) || !e.gathers_float_flags() {
+        return call(e, op);
+    }
+    let from = find!(T, false, e, op, Indexed::of(e, op));
+    calculate::<FLAGS>(e, op, _mm_cvtsi64_si128(from.read_unaligned().zx().cast_signed()));
+    next!(e, op)
+}
+
+unsafe fn float_m16(e: &mut Engine, op: *const Op) -> *mut Block {
+    let address = Indexed::of(e, op);
+    if !is_enabled(e) || !e.gathers_float_flags() || address & 15 != 0 {
+        return call(e, op);
+    }
+    let from = find!(__m128i, false, e, op, address);
+    calculate::<false>(e, op, _mm_loadu_si128(from));
+    next!(e, op)
+}
+
+/// The function for a floating-point operation with a bare function, whose call in the block has the number
+/// [`Op::imm`]; its first operand is r1, and a register that is its source r2.
+pub(in super::super) fn float(source: FloatSource, is_comparison: bool) -> Option<Handler> {
+    use FloatSource::{General, Memory, Register};
+    let handler: Handler = match (source, is_comparison) {
+        (Register, false) => float_r::<false>,
+        (Register, true) => float_r::<true>,
+        (General(4), false) => float_general::<u32>,
+        (General(8), false) => float_general::<u64>,
+        (Memory(4), false) => float_m::<u32, false>,
+        (Memory(4), true) => float_m::<u32, true>,
+        (Memory(8), false) => float_m::<u64, false>,
+        (Memory(8), true) => float_m::<u64, true>,
+        (Memory(16), false) => float_m16,
+        _ => return None,
+    };
+    Some(handler)
+}
+
 /// Any other operation, with its memory operand of up to 16 bytes; #XM and the like are the slow executor's.
 pub(in super::super) unsafe fn call(e: &mut Engine, op: *const Op) -> *mut Block {
     if !is_enabled(e) || !run(e, op) {
@@ -205,6 +289,7 @@ unsafe fn run(e: &mut Engine, op: *const Op) -> bool {
     use super::super::vector_call::{Destination, Source};
     let block = &*e.block;
     let Some(call) = block.vectors.get((*op).imm as usize) else { return false };
+    e.take_float_flags();
     let mut memory = [0; 2];
     if let Source::Memory { size, is_aligned, .. } = call.source {
         let address = Indexed::of(e, op);
