@@ -1,6 +1,9 @@
 //! From instructions to blocks of operations. What has no operation of its own becomes one of the slow kind, and what
 //! changes the machine ends its block for the slow executor.
 
+mod arithmetic;
+mod vectors;
+
 use iced_x86::{
     Code, ConditionCode, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
 };
@@ -14,11 +17,9 @@ use super::notes::{Note, Ops, bit as of};
 use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
-use super::ops::vector::FloatSource;
-use super::ops::{bit, breakpoint, data, flow, multiply, redo, shift, slow, string, vector};
+use super::ops::{breakpoint, data, flow, redo, slow, string};
 use super::privileged::needs_machine;
-use super::vector_call::{Destination, Source, VectorCall};
-use crate::registers::{RAX, RCX, RDX};
+use crate::registers::{RAX, RDX};
 
 /// The most bytes of a block. A longer one would be rare, and all of them are copied first.
 const WINDOW: usize = 256;
@@ -315,49 +316,6 @@ impl Builder<'_> {
         self.place(with_memory(op, memory))
     }
 
-    fn arithmetic(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
-        let choose: Arithmetic = match i.mnemonic() {
-            M::Add => variants::<alu::Add>(),
-            M::Adc => variants::<alu::Adc>(),
-            M::Sub => variants::<alu::Sub>(),
-            M::Sbb => variants::<alu::Sbb>(),
-            M::Cmp => Arithmetic { all: alu::alu::<alu::Cmp>, others: None },
-            M::And => variants::<alu::And>(),
-            M::Or => variants::<alu::Or>(),
-            M::Xor => variants::<alu::Xor>(),
-            M::Test => Arithmetic { all: alu::alu::<alu::Test>, others: None },
-            M::Inc => return self.unary(i, alu::unary::<alu::Inc>, alu::unary_quiet::<alu::Inc>, Some(Joined::Inc)),
-            M::Dec => return self.unary(i, alu::unary::<alu::Dec>, alu::unary_quiet::<alu::Dec>, Some(Joined::Dec)),
-            M::Neg => return self.unary(i, alu::unary::<alu::Neg>, alu::unary_quiet::<alu::Neg>, None),
-            M::Not => return self.unary(i, alu::unary::<alu::Invert>, |_| None, None),
-            _ => return None,
-        };
-        let (op, form, size) = self.two_operands(i, choose.all)?;
-        let is_indexed = op.index != offset(ZERO);
-        let reads = of(op.r1) | if form == Form::RegisterRegister { of(op.r2) } else { 0 };
-        let writes = if choose.others.is_some() { of(op.r1) } else { 0 };
-        self.ops.note(Note {
-            quiet: choose.others.and_then(|(quiet, _)| quiet(form, size, is_indexed)),
-            apart: choose.others.and_then(|(_, apart)| apart(form, size)),
-            sets_flags: true,
-            reads_flags: matches!(i.mnemonic(), M::Adc | M::Sbb),
-            is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
-            ..Note::pure(reads, writes)
-        });
-        self.before = match (i.mnemonic(), form) {
-            (M::Cmp, Form::RegisterRegister) => Some(Joined::CmpRegister),
-            (M::Cmp, Form::RegisterImmediate) => Some(Joined::CmpImmediate),
-            (M::Test, Form::RegisterRegister) => Some(Joined::TestRegister),
-            (M::Test, Form::RegisterImmediate) => Some(Joined::TestImmediate),
-            (M::Sub, Form::RegisterImmediate) => Some(Joined::SubImmediate),
-            (M::Add, Form::RegisterImmediate) => Some(Joined::AddImmediate),
-            _ => None,
-        }
-        .map(|joined| (joined, size));
-        self.place(op)
-    }
-
     /// An operation on two operands of any form.
     #[inline(always)]
     fn two_operands(&self, i: &Instruction, choose: fn(Form, usize, bool) -> Handler) -> Option<(Op, Form, usize)> {
@@ -386,25 +344,6 @@ impl Builder<'_> {
         let form = Form::MemoryImmediate;
         let op = Op { imm: immediate(i, 1)?, ..self.op(choose(form, size, memory.is_indexed)) };
         Some((with_memory(op, memory), form, size))
-    }
-
-    fn unary(
-        &mut self,
-        i: &Instruction,
-        choose: fn(bool, usize) -> Handler,
-        quiet: fn(usize) -> Option<Handler>,
-        joined: Option<Joined>,
-    ) -> Option<()> {
-        if let Some((r1, size)) = register_operand(i, 0) {
-            self.before = joined.map(|joined| (joined, size));
-            self.ops.note(Note {
-                quiet: quiet(size),
-                sets_flags: i.mnemonic() == Mnemonic::Neg,
-                ..Note::pure(of(r1), of(r1))
-            });
-            return self.place(Op { r1, ..self.op(choose(false, size)) });
-        }
-        self.place(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
     }
 
     fn data(&mut self, i: &Instruction) -> Option<()> {
@@ -517,275 +456,6 @@ impl Builder<'_> {
             _ => None,
         }
     }
-
-    fn shifted(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
-        let (r1, size) = register_operand(i, 0)?;
-        let choose: Shifting = match i.mnemonic() {
-            M::Shl | M::Sal => shifting::<shift::Shl>(),
-            M::Shr => shifting::<shift::Shr>(),
-            M::Sar => shifting::<shift::Sar>(),
-            M::Rol => shifting::<shift::Rol>(),
-            M::Ror => shifting::<shift::Ror>(),
-            M::Shlx => return self.shift_without_flags(i, 0),
-            M::Shrx => return self.shift_without_flags(i, 1),
-            M::Sarx => return self.shift_without_flags(i, 2),
-            M::Rorx => {
-                let (r2, _) = register_operand(i, 1)?;
-                self.ops.note(Note::pure(of(r2), of(r1)));
-                return self.place(Op {
-                    r1,
-                    r2,
-                    imm: i.immediate8().into(),
-                    ..self.op(shift::rotate_without_flags(size))
-                });
-            }
-            _ => return None,
-        };
-        if i.op_kind(1) == OpKind::Register {
-            let note = Note::pure(of(r1) | 1 << RCX, of(r1));
-            self.ops.note(Note { quiet: (choose.by_cl_quiet)(size), ..note });
-            return self.place(Op { r1, ..self.op((choose.by_cl)(size)?) });
-        }
-        let count = i.immediate8() & if size == 8 { 63 } else { 31 };
-        if count == 0 || usize::from(count) >= 8 * size {
-            return None;
-        }
-        let variants = (choose.variants)(size);
-        self.ops.note(Note {
-            quiet: variants.map(|(quiet, ..)| quiet),
-            apart: variants.map(|(_, apart, quiet)| (size, apart, quiet)),
-            sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
-            ..Note::pure(of(r1), of(r1))
-        });
-        self.place(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
-    }
-
-    fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<()> {
-        let ((r1, size), (r2, _), (base, _)) =
-            (register_operand(i, 0)?, register_operand(i, 1)?, register_operand(i, 2)?);
-        self.ops.note(Note::pure(of(r2) | of(base), of(r1)));
-        self.place(Op { r1, r2, base, ..self.op(shift::without_flags(kind, size)) })
-    }
-
-    /// Multiplication, division, and operations on bits.
-    fn counted(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
-        let mut one = |run: Option<Handler>| self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(run?) });
-        let size = register_operand(i, 0).map_or(0, |(_, size)| size);
-        match i.mnemonic() {
-            M::Imul if i.op_count() == 1 => one(multiply::product(size, true)),
-            M::Mul => one(multiply::product(size, false)),
-            M::Div => one(multiply::division(size, false)),
-            M::Idiv => one(multiply::division(size, true)),
-            M::Imul => self.truncated(i, size),
-            M::Bswap => {
-                let (r1, _) = register_operand(i, 0)?;
-                self.ops.note(Note::pure(of(r1), of(r1)));
-                self.place(Op { r1, ..self.op(bit::swap(size)?) })
-            }
-            M::Bt => self.bit_test(i, 0, size),
-            M::Bts => self.bit_test(i, 1, size),
-            M::Btr => self.bit_test(i, 2, size),
-            M::Btc => self.bit_test(i, 3, size),
-            M::Bsf => self.bit_count(i, 0, size),
-            M::Bsr => self.bit_count(i, 1, size),
-            M::Tzcnt => self.bit_count(i, 2, size),
-            M::Lzcnt => self.bit_count(i, 3, size),
-            M::Popcnt => self.bit_count(i, 4, size),
-            M::Andn => {
-                let ((r1, size), (base, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-                let (r2, _) = register_operand(i, 2)?;
-                self.ops.note(Note { sets_flags: true, ..Note::pure(of(base) | of(r2), of(r1)) });
-                self.place(Op { r1, base, r2, ..self.op(bit::and_not(size)) })
-            }
-            _ => None,
-        }
-    }
-
-    fn truncated(&mut self, i: &Instruction, size: usize) -> Option<()> {
-        let (r1, _) = register_operand(i, 0)?;
-        let note = |reads, form| Note {
-            quiet: multiply::truncated_quiet(size, form),
-            sets_flags: true,
-            ..Note::pure(reads, of(r1))
-        };
-        if i.op_count() == 3 {
-            let (r2, _) = register_operand(i, 1)?;
-            self.ops.note(note(of(r2), 1));
-            return self.place(Op { r1, r2, imm: immediate(i, 2)?, ..self.op(multiply::truncated(size, 1)?) });
-        }
-        if let Some((r2, _)) = register_operand(i, 1) {
-            self.ops.note(note(of(r1) | of(r2), 0));
-            return self.place(Op { r1, r2, ..self.op(multiply::truncated(size, 0)?) });
-        }
-        self.place(with_memory(Op { r1, ..self.op(multiply::truncated(size, 2)?) }, self.memory(i)?))
-    }
-
-    fn bit_test(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<()> {
-        let (r1, _) = register_operand(i, 0)?;
-        let second = register_operand(i, 1).map_or(0, |(r2, _)| of(r2));
-        self.ops.note(Note::pure(of(r1) | second, if kind == 0 { 0 } else { of(r1) }));
-        if let Some((r2, _)) = register_operand(i, 1) {
-            return self.place(Op { r1, r2, ..self.op(bit::bit_test(kind, size, false)?) });
-        }
-        self.place(Op { r1, imm: i.immediate8().into(), ..self.op(bit::bit_test(kind, size, true)?) })
-    }
-
-    fn bit_count(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<()> {
-        let ((r1, _), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-        // BSF and BSR may leave their destination as it is.
-        self.ops.note(Note::pure(of(r1) | of(r2), of(r1)));
-        self.place(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
-    }
-
-    fn vector(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
-        let xmm = |operand| xmm_operand(i, operand);
-        match i.mnemonic() {
-            M::Movaps | M::Movapd | M::Movdqa => self.whole(i, true),
-            M::Movups | M::Movupd | M::Movdqu => self.whole(i, false),
-            M::Movd => self.part(i, 4),
-            M::Movq => self.part(i, 8),
-            M::Movss if has_memory(i) => self.part(i, 4),
-            M::Movsd if has_memory(i) && (xmm(0).is_some() || xmm(1).is_some()) => self.part(i, 8),
-            M::Pxor | M::Xorps | M::Xorpd => self.bitwise(i, 0),
-            M::Por | M::Orps | M::Orpd => self.bitwise(i, 1),
-            M::Pand | M::Andps | M::Andpd => self.bitwise(i, 2),
-            _ => None,
-        }
-        .or_else(|| self.vector_call(i))
-    }
-
-    fn whole(&mut self, i: &Instruction, is_aligned: bool) -> Option<()> {
-        match (xmm_operand(i, 0), xmm_operand(i, 1)) {
-            (Some(r1), Some(r2)) => self.place(Op { r1, r2, ..self.op(vector::move_rr) }),
-            (Some(r1), None) => {
-                self.place(with_memory(Op { r1, ..self.op(vector::load(is_aligned)) }, self.memory(i)?))
-            }
-            (None, Some(r2)) => {
-                self.place(with_memory(Op { r2, ..self.op(vector::store(is_aligned)) }, self.memory(i)?))
-            }
-            _ => None,
-        }
-    }
-
-    fn part(&mut self, i: &Instruction, size: usize) -> Option<()> {
-        match (xmm_operand(i, 0), xmm_operand(i, 1)) {
-            (Some(r1), None) => match register_operand(i, 1) {
-                Some((r2, _)) => self.place(Op { r1, r2, ..self.op(vector::part_from_register(size)) }),
-                None if has_memory(i) => {
-                    self.place(with_memory(Op { r1, ..self.op(vector::part_from_memory(size)) }, self.memory(i)?))
-                }
-                None => None,
-            },
-            (None, Some(r2)) => match register_operand(i, 0) {
-                Some((r1, _)) => self.place(Op { r1, r2, ..self.op(vector::part_to_register(size)) }),
-                None if has_memory(i) => {
-                    self.place(with_memory(Op { r2, ..self.op(vector::part_to_memory(size)) }, self.memory(i)?))
-                }
-                None => None,
-            },
-            _ => None,
-        }
-    }
-
-    fn bitwise(&mut self, i: &Instruction, kind: u8) -> Option<()> {
-        let (r1, r2) = (xmm_operand(i, 0)?, xmm_operand(i, 1)?);
-        self.place(Op { r1, r2, ..self.op(vector::bitwise(kind)) })
-    }
-
-    /// Operations of the table, of 128 bits and less.
-    fn vector_call(&mut self, i: &Instruction) -> Option<()> {
-        let uses_mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
-        if i.encoding() != iced_x86::EncodingKind::Legacy || uses_mmx {
-            return None;
-        }
-        let call = VectorCall::new(i).filter(|call| !call.is_vex && !call.is_wide)?;
-        if let (Source::Memory { .. }, Destination::General(_)) = (call.source, call.destination) {
-            return None;
-        }
-        if self.plain(i, &call).is_some() || self.float(i, &call).is_some() {
-            return Some(());
-        }
-        let imm = i32::try_from(self.tables.vectors.len()).expect("at most 64");
-        let op = Op { imm, ..self.op(vector::call) };
-        let op = if let Source::Memory { .. } = call.source { with_memory(op, self.memory(i)?) } else { op };
-        self.tables.vectors.push(call);
-        self.place(op)
-    }
-
-    /// A floating-point operation that leaves MXCSR to the host's CPU.
-    fn float(&mut self, i: &Instruction, call: &VectorCall) -> Option<()> {
-        call.bare?;
-        let (source, r2) = match call.source {
-            Source::Register(number) => (FloatSource::Register, number),
-            Source::General(register) => {
-                slot(register).map(|place| (FloatSource::General(place.size), offset(place.index)))?
-            }
-            Source::Memory { size, is_signed: false, .. } => (FloatSource::Memory(size.into()), 0),
-            _ => return None,
-        };
-        let is_comparison = call.destination == Destination::Flags;
-        if !is_comparison && call.destination != Destination::Register(call.first) {
-            return None;
-        }
-        let run = vector::float(source, is_comparison)?;
-        let imm = i32::try_from(self.tables.vectors.len()).expect("at most 64");
-        let op = Op { r1: call.first, r2, imm, ..self.op(run) };
-        let op = if let FloatSource::Memory(_) = source { with_memory(op, self.memory(i)?) } else { op };
-        self.tables.vectors.push(*call);
-        self.place(op)
-    }
-
-    /// An operation that is a call of a function and no more.
-    fn plain(&mut self, i: &Instruction, call: &VectorCall) -> Option<()> {
-        use Mnemonic as M;
-        if matches!(i.mnemonic(), M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss) {
-            // Computed, with floating-point operations whose flags are not the guest's.
-            return None;
-        }
-        let (function, r1, immediate) = call.plain()?;
-        let imm = i32::try_from(self.tables.functions.len()).expect("at most 64");
-        let op = match call.source {
-            Source::Register(r2) => Op { r1, r2, imm, disp: immediate.into(), ..self.op(vector::plain) },
-            _ if immediate == 0 => with_memory(Op { r1, imm, ..self.op(vector::plain_memory) }, self.memory(i)?),
-            _ => return None,
-        };
-        self.tables.functions.push(function);
-        self.place(op)
-    }
-}
-
-/// The functions for an arithmetic instruction: by form, size and whether there is an index; the same without flags,
-/// and with the first operand apart.
-#[derive(Clone, Copy)]
-struct Arithmetic {
-    all: fn(Form, usize, bool) -> Handler,
-    others: Option<(fn(Form, usize, bool) -> Option<Handler>, Apart)>,
-}
-
-type Apart = fn(Form, usize) -> Option<(usize, Handler, Handler)>;
-
-fn variants<O: alu::Alu>() -> Arithmetic {
-    Arithmetic { all: alu::alu::<O>, others: Some((alu::quiet::<O>, alu::apart::<O>)) }
-}
-
-/// The functions for a shift, by size.
-struct Shifting {
-    by_immediate: fn(usize) -> Handler,
-    variants: fn(usize) -> Option<(Handler, Handler, Handler)>,
-    by_cl: fn(usize) -> Option<Handler>,
-    by_cl_quiet: fn(usize) -> Option<Handler>,
-}
-
-fn shifting<S: shift::Shift>() -> Shifting {
-    Shifting {
-        by_immediate: shift::immediate::<S>,
-        variants: shift::variants::<S>,
-        by_cl: shift::variable::<S>,
-        by_cl_quiet: shift::variable_quiet::<S>,
-    }
 }
 
 /// The bit of a register of which a result of that size leaves a part.
@@ -805,14 +475,6 @@ fn register_operand(i: &Instruction, operand: u32) -> Option<(u8, usize)> {
     }
     let place = slot(i.op_register(operand))?;
     Some((offset(place.index) + u8::from(place.shift == 8), place.size))
-}
-
-/// Number of an XMM register that an operand names.
-fn xmm_operand(i: &Instruction, operand: u32) -> Option<u8> {
-    if operand >= i.op_count() || i.op_kind(operand) != OpKind::Register || !i.op_register(operand).is_xmm() {
-        return None;
-    }
-    u8::try_from(i.op_register(operand) as usize - Register::XMM0 as usize).ok().filter(|n| *n < 16)
 }
 
 fn has_memory(i: &Instruction) -> bool {

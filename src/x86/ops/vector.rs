@@ -174,7 +174,8 @@ pub(in super::super) unsafe fn plain(e: &mut Engine, op: *const Op) -> *mut Bloc
     let source = value(e, (*op).r2);
     _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
     e.vector_control.immediate = i64::from((*op).disp).cast_unsigned();
-    let function = *(&(*e.block).functions).get_unchecked((*op).imm as usize);
+    let block = &*e.block;
+    let function = *block.functions.get_unchecked((*op).imm as usize);
     let to = xmm(e, (*op).r1);
     function(to, &raw const e.vector_source, &raw mut e.vector_control);
     next!(e, op)
@@ -187,7 +188,8 @@ pub(in super::super) unsafe fn plain_memory(e: &mut Engine, op: *const Op) -> *m
         return redo(e, op);
     }
     let from = find!(u128, false, e, op, address);
-    let function = *(&(*e.block).functions).get_unchecked((*op).imm as usize);
+    let block = &*e.block;
+    let function = *block.functions.get_unchecked((*op).imm as usize);
     let to = xmm(e, (*op).r1);
     function(to, from, &raw mut e.vector_control);
     next!(e, op)
@@ -208,7 +210,8 @@ pub(in super::super) enum FloatSource {
 #[inline(always)]
 unsafe fn calculate<const FLAGS: bool>(e: &mut Engine, op: *const Op, source: __m128i) {
     _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
-    let function = (&(*e.block).vectors).get_unchecked((*op).imm as usize).bare.unwrap_unchecked();
+    let block = &*e.block;
+    let function = block.vectors.get_unchecked((*op).imm as usize).bare.unwrap_unchecked();
     if FLAGS {
         let first = value(e, (*op).r1);
         _mm_storeu_si128((&raw mut e.vector_target).cast(), first);
