@@ -71,6 +71,15 @@ impl Ops {
         self.notes[self.list.len()] = note;
     }
 
+    /// Says that nothing is known of it. Field by field: a whole default would be put together elsewhere first.
+    #[inline(always)]
+    pub fn nothing_known(&mut self) {
+        let note = &mut self.notes[self.list.len()];
+        (note.quiet, note.copies, note.apart) = (None, None, None);
+        (note.sets_flags, note.is_pure, note.reads_flags) = (false, false, false);
+        (note.reads, note.writes) = (0, 0);
+    }
+
     #[inline(always)]
     pub fn push(&mut self, op: Op) {
         self.list.push(op);
@@ -82,8 +91,15 @@ impl Ops {
     }
 
     /// Joins the last operation with the copy that has made its first operand, if there is one. True if it did.
+    #[inline]
     pub fn join(&mut self) -> bool {
-        let Some(last) = self.list.len().checked_sub(1) else { return false };
+        match self.list.len().checked_sub(1) {
+            Some(last) if self.notes[last].apart.is_some() => self.join_at(last),
+            _ => false,
+        }
+    }
+
+    fn join_at(&mut self, last: usize) -> bool {
         let Some((size, loud, quiet)) = self.notes[last].apart else { return false };
         let Some(at) = self.find_copy(last, size) else { return false };
         let copied = self.list[at].r2;

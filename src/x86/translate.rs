@@ -95,7 +95,7 @@ impl Builder<'_> {
         let mut instruction = Instruction::default();
         while usize::from(self.number) < most && decoder.can_decode() {
             if is_breakpoint(self.rip.wrapping_add(self.offset.into())) {
-                self.ops.note(Note::default());
+                self.ops.nothing_known();
                 let op = self.op(breakpoint);
                 self.ops.push(op);
                 // It counts as an instruction that is never executed, so that a block is never empty.
@@ -153,7 +153,7 @@ impl Builder<'_> {
 
     fn make(&mut self, i: &Instruction, code: &[u8]) -> Made {
         let before = self.before.take();
-        self.ops.note(Note::default());
+        self.ops.nothing_known();
         if self.branch(i, before).is_some() {
             return Made::End;
         }
@@ -170,7 +170,7 @@ impl Builder<'_> {
         if self.fast(i).is_some() {
             return Made::Op;
         }
-        self.ops.note(Note::default());
+        self.ops.nothing_known();
         let imm = i32::try_from(self.tables.slow.len()).expect("at most 64");
         let mut bytes = [0; MAX_LENGTH];
         bytes[..code.len()].copy_from_slice(code);
