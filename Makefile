@@ -52,10 +52,11 @@ lint: dev ## formats, clippy, ruff, mypy, stubtest
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest uhyve._core
 
-bench: dev ## what an exit, a hit and the core's parts cost
+bench: dev ## what an exit, a hit, the core's parts and the software CPU cost
 	cargo bench --quiet
 	$(BIN)/python benches/hits.py
 	$(BIN)/python benches/boot.py
+	$(BIN)/python benches/soft_cpu.py
 
 box: dev ## the Python tests on a full KVM, in tools/kvmbox
 	tools/kvmbox -- $(CURDIR)/$(BIN)/python -m pytest -m 'not box' -p no:cacheprovider

@@ -7,6 +7,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use super::core::Decoded;
 use super::engine::Engine;
 use super::mmu::PAGE_MASK;
+use super::vector::VectorFn;
 use super::vector_call::VectorCall;
 use crate::code_lines::CodeLines;
 
@@ -75,12 +76,14 @@ pub(super) struct Block {
     pub vectors: Box<[VectorCall]>,
     /// What it was made from, if another CPU may change it unseen.
     pub code: Box<[u8]>,
+    /// Functions that vector operations are no more than a call of.
+    pub functions: Box<[VectorFn]>,
 }
 
 impl Block {
     /// A block at that address; `ops` ends with one that ends blocks.
-    pub fn new(rip: u64, physical: u64, length: u64, count: u64, ops: Vec<Op>, tables: Tables) -> Box<Self> {
-        let ops = ops.into_boxed_slice();
+    pub fn new(rip: u64, physical: u64, length: u64, count: u64, ops: &[Op], tables: Tables) -> Box<Self> {
+        let ops: Box<[Op]> = ops.into();
         let none = Link { block: std::ptr::null_mut(), generation: 0 };
         Box::new(Self {
             rip,
@@ -94,6 +97,7 @@ impl Block {
             slow: tables.slow.into_boxed_slice(),
             vectors: tables.vectors.into_boxed_slice(),
             code: Box::default(),
+            functions: tables.functions.into_boxed_slice(),
         })
     }
 }
@@ -103,6 +107,7 @@ impl Block {
 pub(super) struct Tables {
     pub slow: Vec<Decoded>,
     pub vectors: Vec<VectorCall>,
+    pub functions: Vec<VectorFn>,
 }
 
 /// Hashes addresses.

@@ -126,6 +126,22 @@ impl Cpu {
 
     /// Executes until an exit, at most `budget` instructions. A read that the last exit was about is completed first.
     pub fn run(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
+        if self.debug.single_step && budget > 0 && self.steps_fast(platform) && self.engine.step() {
+            return CpuExit::SingleStep;
+        }
+        self.run_on(platform, budget)
+    }
+
+    /// Whether there is nothing to look at before a single step but the instruction.
+    fn steps_fast(&mut self, platform: &mut dyn Platform) -> bool {
+        self.is_undisturbed()
+            && !self.goes_slowly()
+            && self.engine.core.state.pending_read.is_none()
+            && self.interrupt_to_take(platform).is_none()
+    }
+
+    #[inline(never)]
+    fn run_on(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
         let target = self.engine.core.state.instructions.saturating_add(budget);
         if let Some(exit) = self.finish_read(platform) {
             return exit;
@@ -175,6 +191,9 @@ impl Cpu {
 
     /// What comes before an instruction: exits that wait, exceptions, interrupts, the end.
     fn event(&mut self, platform: &mut dyn Platform) -> Event {
+        if self.is_undisturbed() && self.engine.core.state.core.registers.rflags & RFLAGS_IF == 0 {
+            return Event::Nothing;
+        }
         if let Some(exit) = self.left_over() {
             return Event::Exit(exit);
         }
@@ -187,10 +206,12 @@ impl Cpu {
         }
         let is_held = |fault: &Fault| fault.vector == 1 && self.engine.core.state.trap_shadow;
         let is_alive = if let Some(fault) = self.engine.core.state.injected.take_if(|fault| !is_held(fault)) {
+            self.engine.settle();
             let is_trap = matches!(fault.vector, 1 | 3 | 4);
             let flags = self.engine.core.state.core.registers.rflags | if is_trap { 0 } else { RFLAGS_RF };
             self.engine.core.deliver_exception(fault, flags)
         } else if let Some(vector) = self.interrupt_to_take(platform) {
+            self.engine.settle();
             platform.acknowledge_interrupt(vector, self.engine.core.state.instructions);
             self.engine.core.deliver_interrupt(vector)
         } else if self.engine.core.state.halted {
@@ -199,6 +220,17 @@ impl Cpu {
             return Event::Nothing;
         };
         if is_alive { Event::Delivered } else { Event::Exit(CpuExit::Shutdown) }
+    }
+
+    /// Whether nothing but an interrupt can come before the next instruction.
+    fn is_undisturbed(&self) -> bool {
+        let state = &self.engine.core.state;
+        state.injected.is_none()
+            && !state.halted
+            && !state.shut_down
+            && self.after.is_none()
+            && state.pending_writes.as_slice().is_empty()
+            && !self.interrupt.load(Ordering::Relaxed)
     }
 
     fn interrupt_to_take(&mut self, platform: &mut dyn Platform) -> Option<u8> {
@@ -242,6 +274,7 @@ impl Cpu {
 
     /// One instruction, with all that may be looked out for before it.
     fn step(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.engine.settle();
         let rip = self.engine.core.state.core.registers.rip;
         if !std::mem::take(&mut self.resume) && self.engine.has_breakpoint(rip) {
             return Some(CpuExit::Breakpoint);
@@ -259,6 +292,7 @@ impl Cpu {
 
     /// One instruction by the slow executor.
     fn execute_one(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.engine.settle();
         self.engine.core.mmu.watched = None;
         let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.engine.core.slow_step(platform) };
         match slow {
@@ -372,11 +406,12 @@ impl Cpu {
 
     /// General registers, RIP, RFLAGS.
     pub fn registers(&self) -> Registers {
-        self.engine.core.state.core.registers
+        self.engine.registers()
     }
 
     /// Sets general registers, RIP, RFLAGS. With another RIP, a read that waits for its answer is given up.
     pub fn set_registers(&mut self, registers: &Registers) {
+        self.engine.settle();
         if registers.rip != self.engine.core.state.core.registers.rip {
             self.engine.core.state.pending_read = None;
             self.engine.core.state.answers = Default::default();
@@ -392,6 +427,7 @@ impl Cpu {
 
     /// Sets segment and control registers; cached translations are dropped as needed.
     pub fn set_system_registers(&mut self, registers: &SystemRegisters) {
+        self.engine.settle();
         self.engine.core.state.core.system = *registers;
         self.engine.core.mode_changed();
     }
@@ -448,6 +484,7 @@ impl Cpu {
 
     /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
     pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
+        self.engine.settle();
         self.engine.core.set_msr(index, value)
     }
 
@@ -462,11 +499,14 @@ impl Cpu {
 
     /// A copy of all architectural state.
     pub fn snapshot(&self) -> State {
-        self.engine.core.state
+        let mut state = self.engine.core.state;
+        state.core.registers = self.engine.registers();
+        state
     }
 
     /// Sets all architectural state.
     pub fn restore(&mut self, state: &State) {
+        self.engine.settle();
         self.engine.core.state = *state;
         self.engine.core.mode_changed();
         self.engine.core.mmu.flush();

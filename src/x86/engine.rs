@@ -7,11 +7,14 @@ use std::collections::HashSet;
 use super::block::{Block, Cache, Link, Op};
 use super::core::Core;
 use super::lazy::Lazy;
+use super::notes::Ops;
 use super::string::CHUNK;
 use super::translate::translate;
+use super::vector::Control;
+use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
 use super::{Outcome, execute_family};
 use crate::memory::GuestMemory;
-use crate::registers::RCX;
+use crate::registers::{RCX, Registers};
 
 /// Entries of the cache for indirect jumps and returns.
 const JUMPS: usize = 4096;
@@ -72,16 +75,43 @@ pub(super) struct Engine {
     /// The block that runs.
     pub block: *mut Block,
     pub at: *const Op,
+    /// Where [`Stop::Next`] goes on.
+    next: u64,
     /// The link that [`Stop::Link`] is about.
     pub which: usize,
     pub stop: Stop,
+    /// What functions of vector operations get.
+    pub vector_source: u128,
+    pub vector_control: Control,
+    pub vector_target: u128,
+    /// The host's MXCSR while it gathers the guest's flags.
+    host_mxcsr: Option<u32>,
     /// Everything else.
     pub core: Core,
     jumps: Box<[Jump; JUMPS]>,
     singles: Box<[Jump; SINGLES]>,
     cache: Cache,
+    /// The state is in [`Engine::regs`] and [`Engine::flags`].
+    is_loaded: bool,
+    /// Where blocks are made.
+    ops: Ops,
     breakpoints: HashSet<u64>,
     seen_code: u64,
+}
+
+/// MXCSR as a thread begins: all exceptions masked, rounding to nearest, no flags.
+const DEFAULT_MXCSR: u32 = 0x1f80;
+
+/// Loads MXCSR; returns what it was.
+#[inline(never)]
+fn exchange_mxcsr(new: u32) -> u32 {
+    let mut old = 0u32;
+    // SAFETY: reads and writes the two words, and the host's MXCSR gets a value that it has had or the default one:
+    // only flags, which nothing in the host looks at, differ from what compiled code expects.
+    unsafe {
+        std::arch::asm!("stmxcsr [{old}]", "ldmxcsr [{new}]", old = in(reg) &raw mut old, new = in(reg) &raw const new);
+    }
+    old
 }
 
 // SAFETY: the pointers are into blocks that the engine owns itself.
@@ -100,12 +130,19 @@ impl Engine {
             rip: 0,
             block: std::ptr::null_mut(),
             at: std::ptr::null(),
+            next: 0,
             which: 0,
             stop: Stop::Budget,
+            vector_source: 0,
+            vector_control: Control { mxcsr: 0x1f80, saved: 0, immediate: 0, third: 0 },
+            vector_target: 0,
+            host_mxcsr: None,
             core: Core::new(memory),
             jumps: boxed(),
             singles: boxed(),
             cache: Cache::default(),
+            is_loaded: false,
+            ops: Ops::default(),
             breakpoints: HashSet::new(),
             seen_code: memory.code_lines().generation(),
         }
@@ -134,6 +171,7 @@ impl Engine {
 
     /// Copies the state to where fast operations have it.
     fn load(&mut self) {
+        self.is_loaded = true;
         let core = &self.core.state.core;
         self.regs[..16].copy_from_slice(&core.registers.general);
         self.regs[ZERO] = 0;
@@ -147,6 +185,25 @@ impl Engine {
         let registers = &mut self.core.state.core.registers;
         registers.general.copy_from_slice(&self.regs[..16]);
         registers.rflags = self.flags.merge(registers.rflags);
+    }
+
+    /// General registers and flags, wherever they are.
+    pub fn registers(&self) -> Registers {
+        let mut registers = self.core.state.core.registers;
+        if self.is_loaded {
+            registers.general.copy_from_slice(&self.regs[..16]);
+            registers.rflags = self.flags.merge(registers.rflags);
+        }
+        registers
+    }
+
+    /// Sees to it that the state is all in [`Core::state`]: before anything but [`Engine::run`] looks at general registers
+    /// or arithmetic flags, or changes any register.
+    pub fn settle(&mut self) {
+        if self.is_loaded {
+            self.store();
+            self.is_loaded = false;
+        }
     }
 
     /// Drops blocks whose code has changed since the last look.
@@ -165,18 +222,59 @@ impl Engine {
     }
 
     /// Executes up to `budget` instructions from RIP on, or until a stop that is not the engine's own business:
-    /// [`Stop::Budget`], [`Stop::Redo`] or [`Stop::Breakpoint`]. State, RIP and the count are exact afterwards.
+    /// [`Stop::Budget`], [`Stop::Redo`] or [`Stop::Breakpoint`]. State, RIP and the count are exact afterwards; after a
+    /// single step, registers and flags stay where the next one needs them until [`Engine::settle`].
     pub fn run(&mut self, budget: u64) -> Stop {
         self.check_code();
-        self.load();
+        if !self.is_loaded {
+            self.load();
+        }
         let target = self.core.state.instructions + budget;
         self.budget = budget;
         self.rip = self.core.state.core.registers.rip;
         let stop = self.run_loaded();
-        self.store();
+        self.take_float_flags();
+        if budget != 1 || stop != Stop::Budget {
+            self.settle();
+        }
         self.core.state.core.registers.rip = self.rip;
         self.core.state.instructions = target - self.budget;
         stop
+    }
+
+    /// Executes the instruction at RIP as [`Engine::run`] with a budget of 1 does, if that is a common one that was met
+    /// before. False: nothing is done.
+    #[inline]
+    pub fn step(&mut self) -> bool {
+        let rip = self.core.state.core.registers.rip;
+        let known = self.singles[Self::single_slot(rip)];
+        let is_known = known.rip == rip && known.generation == self.core.mmu.generation;
+        let is_current = self.core.mmu.memory.code_lines().generation() == self.seen_code;
+        if !is_known || !is_current || !self.breakpoints.is_empty() {
+            return false;
+        }
+        if !self.is_loaded {
+            self.load();
+        }
+        self.block = known.block;
+        self.regs[START] = rip;
+        // SAFETY: blocks that the cache of the current generation knows are alive, and this is the first operation of the
+        // current one; the block that it returns is alive as well.
+        let next = unsafe {
+            let first = (*known.block).first;
+            let next = ((*first).run)(self, first);
+            if next.is_null() { None } else { Some((*next).rip) }
+        };
+        self.take_float_flags();
+        self.core.state.core.registers.rip = match (next, self.stop) {
+            (Some(rip), _) => rip,
+            (None, Stop::Link | Stop::Lookup) => self.rip,
+            (None, Stop::Next) => self.next,
+            (None, Stop::Again) => rip,
+            (None, Stop::Redo | Stop::Breakpoint | Stop::Budget) => return false,
+        };
+        self.core.state.instructions += 1;
+        true
     }
 
     fn run_loaded(&mut self) -> Stop {
@@ -210,8 +308,9 @@ impl Engine {
                     self.find()
                 }
                 Stop::Next => {
-                    // SAFETY: an operation that stops this way is not the last of its block.
-                    self.rewind(unsafe { self.at.add(1) });
+                    self.rewind(self.at);
+                    self.rip = self.next;
+                    self.budget -= 1;
                     self.check_code();
                     if self.budget == 0 {
                         return Stop::Budget;
@@ -276,6 +375,13 @@ impl Engine {
         ((rip ^ rip >> 12) & (JUMPS as u64 - 1)) as usize
     }
 
+    /// The place of an address in the cache of single instructions.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)]
+    fn single_slot(rip: u64) -> usize {
+        (rip & (SINGLES as u64 - 1)) as usize
+    }
+
     /// The block of an indirect branch's target, if it was found before.
     #[inline(always)]
     pub fn jump(&mut self, rip: u64) -> *mut Block {
@@ -304,7 +410,7 @@ impl Engine {
 
     /// The block of the one instruction at [`Engine::rip`].
     fn find_single(&mut self) -> *mut Block {
-        let slot = usize::try_from(self.rip % SINGLES as u64).expect("a small number");
+        let slot = Self::single_slot(self.rip);
         let known = self.singles[slot];
         if known.rip == self.rip && known.generation == self.core.mmu.generation {
             return known.block;
@@ -359,8 +465,8 @@ impl Engine {
             self.core.mmu.next_generation();
         }
         let breakpoints = &self.breakpoints;
-        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, |at| breakpoints.contains(&at))
-        else {
+        let is_breakpoint = |at| breakpoints.contains(&at);
+        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, &mut self.ops, is_breakpoint) else {
             return std::ptr::null_mut();
         };
         block.is_single = is_single;
@@ -377,6 +483,27 @@ impl Engine {
         self.cache.insert(block, lines)
     }
 
+    /// Has the host's MXCSR gather the flags of floating-point operations, until [`Engine::take_float_flags`]. False if
+    /// the guest's rounding and masks are not those that a host's thread has: then each operation loads the guest's.
+    #[inline(always)]
+    pub fn gathers_float_flags(&mut self) -> bool {
+        if self.core.state.core.fpu.mxcsr & !EXCEPTION_FLAGS & MXCSR_VALID != DEFAULT_MXCSR {
+            return false;
+        }
+        if self.host_mxcsr.is_none() {
+            self.host_mxcsr = Some(exchange_mxcsr(DEFAULT_MXCSR));
+        }
+        true
+    }
+
+    /// Adds the flags that were gathered to the guest's.
+    #[inline(always)]
+    pub fn take_float_flags(&mut self) {
+        if let Some(host) = self.host_mxcsr.take() {
+            self.core.state.core.fpu.mxcsr |= exchange_mxcsr(host) & EXCEPTION_FLAGS;
+        }
+    }
+
     /// Executes an instruction of the other families in the middle of a block; false if the block must stop.
     #[inline(never)]
     pub fn slow(&mut self, op: *const Op) -> bool {
@@ -389,6 +516,7 @@ impl Engine {
             return false;
         }
         let before = self.core.mmu.memory.code_lines().generation();
+        self.take_float_flags();
         self.store();
         self.core.state.core.registers.rip = decoded.instruction.ip();
         let (cpu, mut bus) = self.core.bus(None);
@@ -398,6 +526,7 @@ impl Engine {
             Outcome::Done => {
                 self.load();
                 self.stop = Stop::Next;
+                self.next = decoded.instruction.next_ip();
                 before == self.core.mmu.memory.code_lines().generation()
             }
             Outcome::Repeat => {

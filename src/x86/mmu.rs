@@ -103,6 +103,8 @@ pub(super) struct Found {
     pub physical: u64,
     /// Writes need no further check: allowed, and the page is dirty already.
     pub writable: bool,
+    /// The level of the tables that it was found on: pages of 4 KiB are on the first.
+    pub level: usize,
 }
 
 /// An access that a watchpoint reports.
@@ -125,6 +127,12 @@ pub(super) struct Mmu {
     pub data: [Entry; ENTRIES],
     code: [(u64, u64); CODE_ENTRIES],
     bounce: [u8; BOUNCE],
+    /// Pages that code was looked up in since the generation changed.
+    code_pages: Pages,
+    /// Pages of 2 MiB that translations may be cached of, by [`large`].
+    large_pages: Pages,
+    /// The same may hold for pages of 1 GiB.
+    has_huge: bool,
     host: *mut u8,
     start: u64,
     size: u64,
@@ -149,6 +157,9 @@ impl Mmu {
             data: [EMPTY; ENTRIES],
             code: [(NONE, 0); CODE_ENTRIES],
             bounce: [0; BOUNCE],
+            code_pages: Pages::default(),
+            large_pages: Pages::default(),
+            has_huge: false,
             host: memory.host_pointer(),
             start: memory.range().start,
             size: memory.size(),
@@ -173,7 +184,21 @@ impl Mmu {
     pub fn flush(&mut self) {
         self.flush_data();
         self.code = [(NONE, 0); CODE_ENTRIES];
+        (self.large_pages, self.has_huge) = (Pages::default(), false);
         self.next_generation();
+    }
+
+    /// Drops the translation of one page.
+    pub fn flush_page(&mut self, address: u64) {
+        if self.has_huge || self.large_pages.may_have(large(address)) {
+            // Which entries are of the same page is not known.
+            return self.flush();
+        }
+        self.data[index(address)] = EMPTY;
+        if self.code_pages.may_have(address) {
+            self.code[code_slot(address)] = (NONE, 0);
+            self.next_generation();
+        }
     }
 
     /// Drops data translations: a page has got code, or watchpoints have changed.
@@ -189,9 +214,19 @@ impl Mmu {
         }
     }
 
+    /// Notes that a translation is about to be cached.
+    fn note_size(&mut self, address: u64, found: Found) {
+        match found.level {
+            1 => {}
+            2 => self.large_pages.add(large(address)),
+            _ => self.has_huge = true,
+        }
+    }
+
     /// Makes links and the jump cache invalid.
     pub fn next_generation(&mut self) {
         self.generation = self.generation.wrapping_add(1).max(1);
+        self.code_pages = Pages::default();
     }
 
     /// Where `length` bytes of RAM lie in the host.
@@ -215,7 +250,7 @@ impl Mmu {
     pub fn walk_as(&self, address: u64, access: Access, is_user: bool) -> Result<Found, u32> {
         let mode = &self.mode;
         if mode.cr0 & CR0_PG == 0 {
-            return Ok(Found { physical: address & 0xffff_ffff, writable: true });
+            return Ok(Found { physical: address & 0xffff_ffff, writable: true, level: 1 });
         }
         let code = self.error_code(access, is_user);
         let levels = if mode.cr4 & CR4_LA57 == 0 { 4 } else { 5 };
@@ -243,7 +278,7 @@ impl Mmu {
                 let offset = (1u64 << shift) - 1;
                 let is_dirty = access == Access::Write || entry & DIRTY != 0;
                 let writable = is_dirty && self.check(rights, Access::Write, is_user).is_ok();
-                return Ok(Found { physical: table & !offset | address & offset, writable });
+                return Ok(Found { physical: table & !offset | address & offset, writable, level });
             }
         }
         unreachable!("every entry of level 1 maps a page")
@@ -312,6 +347,7 @@ impl Mmu {
     fn fill(&mut self, address: u64, is_write: bool) -> Result<u64, u32> {
         let found = self.walk(address, if is_write { Access::Write } else { Access::Read })?;
         let (page, physical) = (address & PAGE_MASK, found.physical & PAGE_MASK);
+        self.note_size(address, found);
         if !self.is_traced
             && let Some(host) = self.host(physical, PAGE)
         {
@@ -332,9 +368,11 @@ impl Mmu {
     /// Guest-physical address of code.
     pub fn translate_code(&mut self, address: u64) -> Result<u64, u32> {
         let page = address & PAGE_MASK;
-        let slot = usize::try_from(page / PAGE % CODE_ENTRIES as u64).expect("a small number");
+        let slot = code_slot(address);
+        self.code_pages.add(address);
         if self.code[slot].0 != page {
             let found = self.walk(address, Access::Execute)?;
+            self.note_size(address, found);
             self.code[slot] = (page, found.physical & PAGE_MASK);
         }
         Ok(self.code[slot].1 | address & !PAGE_MASK)
@@ -346,6 +384,25 @@ impl Mmu {
     #[inline(never)]
     pub fn miss(&mut self, address: u64, size: usize, is_write: bool) -> *mut u8 {
         self.try_miss(address, size as u64, is_write).unwrap_or(std::ptr::null_mut())
+    }
+
+    /// Whether the TLB has an entry for an access.
+    pub fn knows(&self, address: u64, size: usize, is_write: bool) -> bool {
+        let entry = &self.data[index(address)];
+        let tag = if is_write { entry.write } else { entry.read };
+        address.wrapping_add(size as u64 - 1) & PAGE_MASK == tag
+    }
+
+    /// Lets the TLB have an entry for one access, to bytes at `host`; returns what stood in its place.
+    pub fn lend(&mut self, address: u64, size: usize, host: *mut u8) -> Entry {
+        let page = address.wrapping_add(size as u64 - 1) & PAGE_MASK;
+        let lent = Entry { read: page, write: page, addend: (host as u64).wrapping_sub(address), physical: NONE };
+        std::mem::replace(&mut self.data[index(address)], lent)
+    }
+
+    /// Ends that.
+    pub fn take_back(&mut self, address: u64, kept: Entry) {
+        self.data[index(address)] = kept;
     }
 
     /// Where a run of bytes within one page is in the host, if a fast access may touch all of them.
@@ -400,6 +457,37 @@ impl Mmu {
         let silent = if is_write { WatchKind::Read } else { WatchKind::Write };
         self.watchpoints.iter().position(|w| w.kind != silent && touches(w, address, length))
     }
+}
+
+/// A set of pages that may seem to have more than were added.
+#[derive(Clone, Copy, Default)]
+struct Pages([u64; 8]);
+
+impl Pages {
+    fn place(address: u64) -> (usize, u64) {
+        let hash = (address / PAGE).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 55;
+        (usize::try_from(hash / 64).expect("below 8"), 1 << (hash % 64))
+    }
+
+    fn add(&mut self, address: u64) {
+        let (word, bit) = Self::place(address);
+        self.0[word] |= bit;
+    }
+
+    fn may_have(&self, address: u64) -> bool {
+        let (word, bit) = Self::place(address);
+        self.0[word] & bit != 0
+    }
+}
+
+/// What stands in [`Pages`] for a page of 2 MiB.
+fn large(address: u64) -> u64 {
+    address >> 9
+}
+
+/// The code entry for an address.
+fn code_slot(address: u64) -> usize {
+    usize::try_from(address / PAGE % CODE_ENTRIES as u64).expect("a small number")
 }
 
 /// The data entry for an address.

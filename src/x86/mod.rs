@@ -28,6 +28,7 @@ mod masked;
 mod mmu;
 mod mmx;
 mod msr;
+mod notes;
 mod operand;
 mod ops;
 pub mod platform;

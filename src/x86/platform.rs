@@ -59,6 +59,12 @@ pub trait Platform {
     /// The time-stamp counter.
     fn tsc(&mut self, now: u64) -> u64;
 
+    /// PAUSE: the guest waits for another CPU. [`Reply::Leave`] lets the machine give the turn away.
+    fn pause(&mut self, now: u64) -> Reply {
+        let _ = now;
+        Reply::Done
+    }
+
     /// The vector of the most urgent interrupt that the local APIC would deliver at its task priority, if there is one.
     /// Cheap: asked at every entry and after every call to this trait while interrupts are enabled.
     fn pending_interrupt(&mut self, now: u64) -> Option<u8>;

@@ -10,7 +10,7 @@ use super::cpu::CpuExit;
 use super::exception::{Cause, RFLAGS_NT, RFLAGS_VM};
 use super::flags::{ARITHMETIC, DF, ZF, flag, mask};
 use super::operand::{Machine, Step};
-use super::platform::Platform;
+use super::platform::{Platform, Reply};
 use super::segment::{DataSegment, selector_fault};
 use super::state::Fault;
 use crate::registers::{
@@ -103,6 +103,8 @@ pub(super) fn needs_machine(instruction: &Instruction) -> bool {
         M::Outsd | M::Lldt | M::Ltr | M::Sldt | M::Str | M::Smsw | M::Lmsw | M::Clts | M::Stac | M::Clac => true,
         M::Invlpg | M::Invpcid | M::Wbinvd | M::Invd | M::Wbnoinvd | M::Rdpmc | M::Clflush | M::Clflushopt => true,
         M::Clwb | M::Lss | M::Lfs | M::Lgs | M::Lar | M::Lsl | M::Verr | M::Verw | M::Retf | M::Monitor => true,
+        // With REX.B the bytes that iced calls PAUSE exchange R8 with RAX.
+        M::Pause => instruction.len() == 2,
         M::Mwait | M::Sysenter | M::Sysexit | M::Sysret | M::Sysexitq => true,
         _ => false,
     }
@@ -139,10 +141,16 @@ impl System<'_> {
             M::Pop => return self.pop_segment(),
             M::Xsetbv => self.xsetbv()?,
             M::Enter => self.enter()?,
+            M::Pause if self.instruction.len() == 2 => self.pause(),
             M::Leave if self.instruction.code() == Code::Leavew => self.leave_word()?,
             _ => return self.execute_rare(),
         }
         Ok(true)
+    }
+
+    fn pause(&mut self) {
+        let reply = self.platform.pause(self.core.state.instructions);
+        self.core.devices.leave |= reply == Reply::Leave;
     }
 
     fn execute_rare(&mut self) -> Step<bool> {
@@ -630,7 +638,8 @@ impl System<'_> {
 
     fn invalidate(&mut self) -> Step {
         self.require_ring0()?;
-        self.core.mmu.flush();
+        let linear = self.machine(|m| m.address())?.linear;
+        self.core.mmu.flush_page(linear);
         Ok(())
     }
 

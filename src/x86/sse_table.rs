@@ -7,7 +7,7 @@ use std::is_x86_feature_detected as has;
 use iced_x86::Mnemonic;
 
 use super::vector::{Answer, Control, Halves, Operation, VectorFn};
-use super::vector_asm::{float, float_immediate, immediate, immediate_table, plain, third, to_general};
+use super::vector_asm::{bare, float, float_immediate, immediate, immediate_table, plain, third, to_general};
 use super::vector_soft as soft;
 
 /// A `match` over mnemonics whose assembler text is `name xmm0, xmm1`.
@@ -25,7 +25,8 @@ macro_rules! float_entries {
     ($mnemonic:expr, $($($name:ident)|+ $text:literal,)+) => {
         match $mnemonic {
             $($(Mnemonic::$name)|+ => {
-                Some(Operation::float(float!("movups [{d}], xmm0", concat!($text, " xmm0, xmm1"))).named($text))
+                let operation = Operation::float(float!("movups [{d}], xmm0", concat!($text, " xmm0, xmm1")));
+                Some(operation.named($text).with_bare(bare!("movups [{d}], xmm0", concat!($text, " xmm0, xmm1"))))
             })+
             _ => None,
         }
@@ -44,7 +45,11 @@ macro_rules! to_integer {
 /// Conversions from an integer, which arrives sign-extended to 8 bytes.
 macro_rules! from_integer {
     ($text:literal) => {
-        Operation::float(float!("movups [{d}], xmm0", "movq rax, xmm1", concat!($text, " xmm0, rax")))
+        Operation::float(float!("movups [{d}], xmm0", "movq rax, xmm1", concat!($text, " xmm0, rax"))).with_bare(bare!(
+            "movups [{d}], xmm0",
+            "movq rax, xmm1",
+            concat!($text, " xmm0, rax")
+        ))
     };
 }
 
@@ -53,6 +58,7 @@ macro_rules! float_flags {
     ($text:literal) => {
         Operation::float(float!("mov [{d}], rax", concat!($text, " xmm0, xmm1"), "pushfq", "pop rax"))
             .answers(Answer::Flags)
+            .with_bare(bare!("mov [{d}], rax", concat!($text, " xmm0, xmm1"), "pushfq", "pop rax"))
     };
 }
 

@@ -1,6 +1,9 @@
 //! From instructions to blocks of operations. What has no operation of its own becomes one of the slow kind, and what
 //! changes the machine ends its block for the slow executor.
 
+mod arithmetic;
+mod vectors;
+
 use iced_x86::{
     Code, ConditionCode, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
 };
@@ -10,21 +13,25 @@ use super::block::{Block, Handler, LONGEST, Op, Tables};
 use super::core::{Decoded, shows_machine};
 use super::engine::{FS, GS, START, ZERO};
 use super::mmu::{Mmu, PAGE};
+use super::notes::{Note, Ops, bit as of};
 use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
-use super::ops::{bit, breakpoint, data, flow, multiply, redo, shift, slow, string, vector};
+use super::ops::{breakpoint, data, flow, redo, slow, string};
 use super::privileged::needs_machine;
-use super::vector_call::VectorCall;
+use crate::registers::{RAX, RDX};
+
+/// The most bytes of a block. A longer one would be rare, and all of them are copied first.
+const WINDOW: usize = 256;
 
 /// What an instruction becomes.
 enum Made {
     /// An operation; the block goes on.
-    Op(Op),
+    Op,
     /// None: it does nothing.
     Nothing,
     /// An operation that ends the block.
-    End(Op),
+    End,
 }
 
 /// A memory operand as operations have it.
@@ -37,36 +44,41 @@ struct Memory {
     is_indexed: bool,
 }
 
-/// Decodes a block. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
+/// Decodes a block, with `ops` as the place to make its operations in. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
 /// there is to raise.
 pub(super) fn translate(
     mmu: &Mmu,
     rip: u64,
     physical: u64,
     is_single: bool,
+    ops: &mut Ops,
     is_breakpoint: impl Fn(u64) -> bool,
 ) -> Option<Box<Block>> {
-    let room = usize::try_from(PAGE - physical % PAGE).ok()?;
+    let most = if is_single { 1 } else { LONGEST };
+    let room = usize::try_from(PAGE - physical % PAGE).ok()?.min(WINDOW);
     let host = mmu.host(physical, room as u64)?;
-    let mut bytes = vec![0; room.min(LONGEST * MAX_LENGTH)];
-    // SAFETY: at least that many bytes of RAM.
-    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
-    let mut builder = Builder { rip, ops: Vec::new(), tables: Tables::default(), offset: 0, number: 0, before: None };
-    let ended = builder.fill(&bytes, if is_single { 1 } else { LONGEST }, |at| !is_single && is_breakpoint(at));
-    if builder.ops.is_empty() && builder.number == 0 {
+    let mut bytes = [0; WINDOW];
+    // SAFETY: at least that many bytes of RAM, and no more than the array has.
+    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), room) };
+    ops.clear();
+    let mut builder = Builder { rip, ops, tables: Tables::default(), offset: 0, number: 0, before: None };
+    let ended = builder.fill(&bytes[..room], most, |at| !is_single && is_breakpoint(at));
+    if builder.ops.as_slice().is_empty() && builder.number == 0 {
         return None;
     }
     if !ended {
+        builder.ops.note(Note::default());
         let op = builder.op(flow::go_on);
         builder.ops.push(op);
     }
+    builder.ops.drop_dead_flags();
     let (length, count) = (builder.offset.into(), builder.number.into());
-    Some(Block::new(rip, physical, length, count, builder.ops, builder.tables))
+    Some(Block::new(rip, physical, length, count, builder.ops.as_slice(), builder.tables))
 }
 
-struct Builder {
+struct Builder<'a> {
     rip: u64,
-    ops: Vec<Op>,
+    ops: &'a mut Ops,
     tables: Tables,
     /// Bytes so far.
     offset: u16,
@@ -76,13 +88,14 @@ struct Builder {
     before: Option<(Joined, usize)>,
 }
 
-impl Builder {
+impl Builder<'_> {
     /// Decodes up to `most` instructions; true if the last ends the block.
     fn fill(&mut self, bytes: &[u8], most: usize, is_breakpoint: impl Fn(u64) -> bool) -> bool {
         let mut decoder = Decoder::with_ip(64, bytes, self.rip, DecoderOptions::NONE);
         let mut instruction = Instruction::default();
         while usize::from(self.number) < most && decoder.can_decode() {
             if is_breakpoint(self.rip.wrapping_add(self.offset.into())) {
+                self.ops.nothing_known();
                 let op = self.op(breakpoint);
                 self.ops.push(op);
                 // It counts as an instruction that is never executed, so that a block is never empty.
@@ -100,18 +113,28 @@ impl Builder {
             self.number += 1;
             self.offset += u16::try_from(length).expect("at most 15");
             match made {
-                Made::Op(op) => self.ops.push(op),
-                Made::Nothing => self.before = None,
-                Made::End(op) => {
-                    self.ops.push(op);
-                    return true;
+                Made::Op => {
+                    if self.ops.join() {
+                        self.before = None;
+                    }
                 }
+                Made::Nothing => self.before = None,
+                Made::End => return true,
             }
         }
         false
     }
 
+    /// Makes it the instruction's operation.
+    #[inline(always)]
+    #[allow(clippy::unnecessary_wraps)]
+    fn place(&mut self, op: Op) -> Option<()> {
+        self.ops.push(op);
+        Some(())
+    }
+
     /// An operation for the instruction at the current offset.
+    #[inline(always)]
     fn op(&self, run: Handler) -> Op {
         let zero = offset(ZERO);
         Op {
@@ -130,63 +153,68 @@ impl Builder {
 
     fn make(&mut self, i: &Instruction, code: &[u8]) -> Made {
         let before = self.before.take();
-        if let Some(end) = self.branch(i, before) {
-            return Made::End(end);
+        self.ops.nothing_known();
+        if self.branch(i, before).is_some() {
+            return Made::End;
         }
         if i.flow_control() != FlowControl::Next || needs_machine(i) || shows_machine(i) {
-            return Made::End(self.op(redo));
+            self.place(self.op(redo));
+            return Made::End;
         }
         if does_nothing(i) {
             return Made::Nothing;
         }
-        if let Some(op) = self.fast(i) {
-            return Made::Op(op);
+        if self.fast(i).is_some() {
+            return Made::Op;
         }
+        self.ops.nothing_known();
         let imm = i32::try_from(self.tables.slow.len()).expect("at most 64");
         let mut bytes = [0; MAX_LENGTH];
         bytes[..code.len()].copy_from_slice(code);
         self.tables.slow.push(Decoded { instruction: *i, code: bytes });
-        Made::Op(Op { imm, ..self.op(slow) })
+        self.place(Op { imm, ..self.op(slow) });
+        Made::Op
     }
 
     /// Direct and indirect branches, calls and returns.
-    fn branch(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<Op> {
+    fn branch(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<()> {
         if i.op_count() > 0 && i.op_kind(0) == OpKind::NearBranch64 {
             let disp = i32::try_from(i.near_branch64().wrapping_sub(self.rip).cast_signed()).ok()?;
             // A target that wraps out of the canonical range is the slow executor's.
             if (i.near_branch64() << 16).cast_signed() >> 16 != i.near_branch64().cast_signed() {
                 return None;
             }
-            return Some(match i.mnemonic() {
-                Mnemonic::Jmp => Op { disp, ..self.op(flow::jump) },
-                Mnemonic::Call => Op { disp, ..self.op(flow::call) },
-                _ if i.is_jcc_short_or_near() => self.conditional(i, before, disp)?,
-                _ => return None,
-            });
+            return match i.mnemonic() {
+                Mnemonic::Jmp => self.place(Op { disp, ..self.op(flow::jump) }),
+                Mnemonic::Call => self.place(Op { disp, ..self.op(flow::call) }),
+                _ if i.is_jcc_short_or_near() => self.conditional(i, before, disp),
+                _ => None,
+            };
         }
         let (register, memory): (Handler, Handler) = match i.code() {
             Code::Jmp_rm64 => (flow::jump_r, flow::jump_m),
             Code::Call_rm64 => (flow::call_r, flow::call_m),
-            Code::Retnq => return Some(self.op(flow::ret)),
-            Code::Retnq_imm16 => return Some(Op { imm: i.immediate16().into(), ..self.op(flow::ret) }),
+            Code::Retnq => return self.place(self.op(flow::ret)),
+            Code::Retnq_imm16 => return self.place(Op { imm: i.immediate16().into(), ..self.op(flow::ret) }),
             _ => return None,
         };
         if let Some((r1, _)) = register_operand(i, 0) {
-            return Some(Op { r1, ..self.op(register) });
+            return self.place(Op { r1, ..self.op(register) });
         }
-        Some(with_memory(self.op(memory), self.memory(i)?))
+        self.place(with_memory(self.op(memory), self.memory(i)?))
     }
 
     /// Jcc, joined with the operation before it if that can be.
-    fn conditional(&mut self, i: &Instruction, before: Option<(Joined, usize)>, disp: i32) -> Option<Op> {
+    fn conditional(&mut self, i: &Instruction, before: Option<(Joined, usize)>, disp: i32) -> Option<()> {
         let condition = condition(i)?;
         if let Some((what, size)) = before
             && let Some(run) = alu::joined(what, size, condition)
         {
             let last = self.ops.pop().expect("there is one before");
-            return Some(Op { run, disp, ..last });
+            self.ops.note(Note { sets_flags: !matches!(what, Joined::Inc | Joined::Dec), ..Note::pure(0, 0) });
+            return self.place(Op { run, disp, ..last });
         }
-        Some(Op { disp, ..self.op(flow::conditional(condition)) })
+        self.place(Op { disp, ..self.op(flow::conditional(condition)) })
     }
 
     /// The memory operand, if operations can have it.
@@ -228,15 +256,12 @@ impl Builder {
     }
 
     /// The operation of its own that an instruction has.
-    fn fast(&mut self, i: &Instruction) -> Option<Op> {
+    fn fast(&mut self, i: &Instruction) -> Option<()> {
         if i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg && has_memory(i) {
             return self.atomic(i);
         }
-        if i.has_rep_prefix()
-            && !i.has_repne_prefix()
-            && let Some(op) = self.repeated(i)
-        {
-            return Some(op);
+        if i.has_rep_prefix() && !i.has_repne_prefix() && self.repeated(i).is_some() {
+            return Some(());
         }
         self.arithmetic(i)
             .or_else(|| self.data(i))
@@ -246,7 +271,7 @@ impl Builder {
             .or_else(|| self.vector(i))
     }
 
-    fn repeated(&self, i: &Instruction) -> Option<Op> {
+    fn repeated(&mut self, i: &Instruction) -> Option<()> {
         let (size, moves) = match i.code() {
             Code::Movsb_m8_m8 => (1, true),
             Code::Movsw_m16_m16 => (2, true),
@@ -261,10 +286,10 @@ impl Builder {
         let is_wide = i.op_kind(0) == OpKind::MemoryESRDI;
         let is_plain = !moves || !matches!(i.memory_segment(), Register::FS | Register::GS);
         let is_wide = is_wide && (!moves || i.op_kind(1) == OpKind::MemorySegRSI);
-        (is_wide && is_plain).then(|| self.op(string::string(size, moves)))
+        (is_wide && is_plain).then(|| self.op(string::string(size, moves))).and_then(|op| self.place(op))
     }
 
-    fn atomic(&self, i: &Instruction) -> Option<Op> {
+    fn atomic(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         let kind = match i.mnemonic() {
             M::Xchg => Kind::Exchange,
@@ -285,43 +310,11 @@ impl Builder {
         let imm = if i.op_count() == 2 && register.is_none() { Some(immediate(i, 1)?) } else { None };
         let op = self.op(locked(kind, size, imm.is_some())?);
         let op = Op { r2: register.map_or(0, |(r, _)| r), imm: imm.unwrap_or(0), ..op };
-        Some(with_memory(op, memory))
-    }
-
-    fn arithmetic(&mut self, i: &Instruction) -> Option<Op> {
-        use Mnemonic as M;
-        type Choose = fn(Form, usize, bool) -> Handler;
-        let choose: Choose = match i.mnemonic() {
-            M::Add => alu::alu::<alu::Add>,
-            M::Adc => alu::alu::<alu::Adc>,
-            M::Sub => alu::alu::<alu::Sub>,
-            M::Sbb => alu::alu::<alu::Sbb>,
-            M::Cmp => alu::alu::<alu::Cmp>,
-            M::And => alu::alu::<alu::And>,
-            M::Or => alu::alu::<alu::Or>,
-            M::Xor => alu::alu::<alu::Xor>,
-            M::Test => alu::alu::<alu::Test>,
-            M::Inc => return self.unary(i, alu::unary::<alu::Inc>, Some(Joined::Inc)),
-            M::Dec => return self.unary(i, alu::unary::<alu::Dec>, Some(Joined::Dec)),
-            M::Neg => return self.unary(i, alu::unary::<alu::Neg>, None),
-            M::Not => return self.unary(i, alu::unary::<alu::Invert>, None),
-            _ => return None,
-        };
-        let (op, form, size) = self.two_operands(i, choose)?;
-        self.before = match (i.mnemonic(), form) {
-            (M::Cmp, Form::RegisterRegister) => Some(Joined::CmpRegister),
-            (M::Cmp, Form::RegisterImmediate) => Some(Joined::CmpImmediate),
-            (M::Test, Form::RegisterRegister) => Some(Joined::TestRegister),
-            (M::Test, Form::RegisterImmediate) => Some(Joined::TestImmediate),
-            (M::Sub, Form::RegisterImmediate) => Some(Joined::SubImmediate),
-            (M::Add, Form::RegisterImmediate) => Some(Joined::AddImmediate),
-            _ => None,
-        }
-        .map(|joined| (joined, size));
-        Some(op)
+        self.place(with_memory(op, memory))
     }
 
     /// An operation on two operands of any form.
+    #[inline(always)]
     fn two_operands(&self, i: &Instruction, choose: fn(Form, usize, bool) -> Handler) -> Option<(Op, Form, usize)> {
         if let Some((r1, size)) = register_operand(i, 0) {
             if let Some((r2, _)) = register_operand(i, 1) {
@@ -350,15 +343,7 @@ impl Builder {
         Some((with_memory(op, memory), form, size))
     }
 
-    fn unary(&mut self, i: &Instruction, choose: fn(bool, usize) -> Handler, joined: Option<Joined>) -> Option<Op> {
-        if let Some((r1, size)) = register_operand(i, 0) {
-            self.before = joined.map(|joined| (joined, size));
-            return Some(Op { r1, ..self.op(choose(false, size)) });
-        }
-        Some(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
-    }
-
-    fn data(&mut self, i: &Instruction) -> Option<Op> {
+    fn data(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
         match i.mnemonic() {
             M::Mov | M::Movnti => self.mov(i),
@@ -371,31 +356,41 @@ impl Builder {
                     return None;
                 }
                 let memory = self.memory(i)?;
-                Some(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
+                let reads = of(memory.base) | of(memory.index) | narrow(r1, size);
+                self.ops.note(Note::pure(reads, of(r1)));
+                self.place(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
             }
             M::Xchg => {
                 let ((r1, size), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-                Some(Op { r1, r2, ..self.op(data::exchange(size)) })
+                self.ops.note(Note::pure(of(r1) | of(r2), of(r1) | of(r2)));
+                self.place(Op { r1, r2, ..self.op(data::exchange(size)) })
             }
-            M::Cdqe => Some(self.op(data::cdqe)),
-            M::Cwde => Some(self.op(data::cwde)),
-            M::Cdq => Some(self.op(data::cdq)),
-            M::Cqo => Some(self.op(data::cqo)),
-            M::Cld => Some(self.op(data::direction)),
-            M::Std => Some(Op { imm: 1, ..self.op(data::direction) }),
-            M::Clc => Some(self.op(data::carry)),
-            M::Stc => Some(Op { imm: 1, ..self.op(data::carry) }),
-            M::Cmc => Some(self.op(data::complement_carry)),
+            M::Cdqe => self.pure(data::cdqe, RAX, RAX),
+            M::Cwde => self.pure(data::cwde, RAX, RAX),
+            M::Cdq => self.pure(data::cdq, RAX, RDX),
+            M::Cqo => self.pure(data::cqo, RAX, RDX),
+            M::Cld => self.place(self.op(data::direction)),
+            M::Std => self.place(Op { imm: 1, ..self.op(data::direction) }),
+            M::Clc => self.place(self.op(data::carry)),
+            M::Stc => self.place(Op { imm: 1, ..self.op(data::carry) }),
+            M::Cmc => self.place(self.op(data::complement_carry)),
             _ => self.on_condition(i),
         }
     }
 
-    fn mov(&self, i: &Instruction) -> Option<Op> {
+    /// An operation that only works on these registers.
+    fn pure(&mut self, run: Handler, reads: usize, writes: usize) -> Option<()> {
+        self.ops.note(Note::pure(1 << reads, 1 << writes));
+        self.place(self.op(run))
+    }
+
+    fn mov(&mut self, i: &Instruction) -> Option<()> {
         if let (Some((r1, size)), OpKind::Immediate64) = (register_operand(i, 0), i.op_kind(1)) {
             let bytes = i.immediate64().to_le_bytes();
             let half = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
             debug_assert_eq!(size, 8);
-            return Some(Op { r1, imm: half(0), disp: half(4), ..self.op(data::mov_wide) });
+            self.ops.note(Note::pure(0, of(r1)));
+            return self.place(Op { r1, imm: half(0), disp: half(4), ..self.op(data::mov_wide) });
         }
         let choose = |form, size, is_indexed| match form {
             Form::RegisterRegister => data::move_register(size),
@@ -404,205 +399,65 @@ impl Builder {
             Form::MemoryRegister => data::store(size, is_indexed),
             Form::MemoryImmediate => data::store_immediate(size, is_indexed),
         };
-        self.two_operands(i, choose).map(|(op, ..)| op)
+        let (op, form, size) = self.two_operands(i, choose)?;
+        let writes = of(op.r1);
+        self.ops.note(match form {
+            Form::RegisterRegister => Note {
+                copies: Some(size).filter(|size| *size >= 4),
+                ..Note::pure(of(op.r2) | narrow(op.r1, size), writes)
+            },
+            Form::RegisterImmediate => Note::pure(narrow(op.r1, size), writes),
+            _ => Note::default(),
+        });
+        self.place(op)
     }
 
-    fn extended(&self, i: &Instruction, is_signed: bool) -> Option<Op> {
+    fn extended(&mut self, i: &Instruction, is_signed: bool) -> Option<()> {
         let (r1, to) = register_operand(i, 0)?;
         if let Some((r2, from)) = register_operand(i, 1) {
-            return Some(Op { r1, r2, ..self.op(data::extending(to, from, is_signed, None)?) });
+            self.ops.note(Note::pure(of(r2) | narrow(r1, to), of(r1)));
+            return self.place(Op { r1, r2, ..self.op(data::extending(to, from, is_signed, None)?) });
         }
         let (memory, from) = (self.memory(i)?, i.memory_size().size());
         let run = data::extending(to, from, is_signed, Some(memory.is_indexed))?;
-        Some(with_memory(Op { r1, ..self.op(run) }, memory))
+        self.place(with_memory(Op { r1, ..self.op(run) }, memory))
     }
 
     /// SETcc and CMOVcc.
-    fn on_condition(&self, i: &Instruction) -> Option<Op> {
+    fn on_condition(&mut self, i: &Instruction) -> Option<()> {
         let condition = condition(i)?;
         if i.op_count() == 1 {
             if let Some((r1, _)) = register_operand(i, 0) {
-                return Some(Op { r1, ..self.op(data::set_condition(condition, false)) });
+                self.ops.note(Note { reads_flags: true, ..Note::pure(of(r1), of(r1)) });
+                return self.place(Op { r1, ..self.op(data::set_condition(condition, false)) });
             }
-            return Some(with_memory(self.op(data::set_condition(condition, true)), self.memory(i)?));
+            return self.place(with_memory(self.op(data::set_condition(condition, true)), self.memory(i)?));
         }
         let (r1, size) = register_operand(i, 0)?;
         if let Some((r2, _)) = register_operand(i, 1) {
-            return Some(Op { r1, r2, ..self.op(data::conditional_move(size, condition, false)?) });
+            self.ops.note(Note { reads_flags: true, ..Note::pure(of(r1) | of(r2), of(r1)) });
+            return self.place(Op { r1, r2, ..self.op(data::conditional_move(size, condition, false)?) });
         }
         let op = Op { r1, ..self.op(data::conditional_move(size, condition, true)?) };
-        Some(with_memory(op, self.memory(i)?))
+        self.place(with_memory(op, self.memory(i)?))
     }
 
-    fn stack(&self, i: &Instruction) -> Option<Op> {
+    fn stack(&mut self, i: &Instruction) -> Option<()> {
         match i.code() {
-            Code::Push_r64 => Some(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::push_r) }),
-            Code::Pushq_imm8 | Code::Pushq_imm32 => Some(Op { imm: immediate(i, 0)?, ..self.op(flow::push_i) }),
-            Code::Push_rm64 if has_memory(i) => Some(with_memory(self.op(flow::push_m), self.memory(i)?)),
-            Code::Pop_r64 => Some(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::pop_r) }),
-            Code::Leaveq => Some(self.op(flow::leave)),
-            Code::Pushfq => Some(self.op(flow::push_flags)),
+            Code::Push_r64 => self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::push_r) }),
+            Code::Pushq_imm8 | Code::Pushq_imm32 => self.place(Op { imm: immediate(i, 0)?, ..self.op(flow::push_i) }),
+            Code::Push_rm64 if has_memory(i) => self.place(with_memory(self.op(flow::push_m), self.memory(i)?)),
+            Code::Pop_r64 => self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::pop_r) }),
+            Code::Leaveq => self.place(self.op(flow::leave)),
+            Code::Pushfq => self.place(self.op(flow::push_flags)),
             _ => None,
         }
     }
+}
 
-    fn shifted(&self, i: &Instruction) -> Option<Op> {
-        use Mnemonic as M;
-        type Choose = (fn(usize) -> Handler, fn(usize) -> Option<Handler>);
-        let (r1, size) = register_operand(i, 0)?;
-        let (by_immediate, by_cl): Choose = match i.mnemonic() {
-            M::Shl | M::Sal => (shift::immediate::<shift::Shl>, shift::variable::<shift::Shl>),
-            M::Shr => (shift::immediate::<shift::Shr>, shift::variable::<shift::Shr>),
-            M::Sar => (shift::immediate::<shift::Sar>, shift::variable::<shift::Sar>),
-            M::Rol => (shift::immediate::<shift::Rol>, shift::variable::<shift::Rol>),
-            M::Ror => (shift::immediate::<shift::Ror>, shift::variable::<shift::Ror>),
-            M::Shlx => return self.shift_without_flags(i, 0),
-            M::Shrx => return self.shift_without_flags(i, 1),
-            M::Sarx => return self.shift_without_flags(i, 2),
-            M::Rorx => {
-                let (r2, _) = register_operand(i, 1)?;
-                return Some(Op { r1, r2, imm: i.immediate8().into(), ..self.op(shift::rotate_without_flags(size)) });
-            }
-            _ => return None,
-        };
-        if i.op_kind(1) == OpKind::Register {
-            return Some(Op { r1, ..self.op(by_cl(size)?) });
-        }
-        let count = i.immediate8() & if size == 8 { 63 } else { 31 };
-        let is_common = count != 0 && usize::from(count) < 8 * size;
-        is_common.then(|| Op { r1, imm: count.into(), ..self.op(by_immediate(size)) })
-    }
-
-    fn shift_without_flags(&self, i: &Instruction, kind: u8) -> Option<Op> {
-        let ((r1, size), (r2, _), (base, _)) =
-            (register_operand(i, 0)?, register_operand(i, 1)?, register_operand(i, 2)?);
-        Some(Op { r1, r2, base, ..self.op(shift::without_flags(kind, size)) })
-    }
-
-    /// Multiplication, division, and operations on bits.
-    fn counted(&self, i: &Instruction) -> Option<Op> {
-        use Mnemonic as M;
-        let one = |run: Option<Handler>| Some(Op { r1: register_operand(i, 0)?.0, ..self.op(run?) });
-        let size = register_operand(i, 0).map_or(0, |(_, size)| size);
-        match i.mnemonic() {
-            M::Imul if i.op_count() == 1 => one(multiply::product(size, true)),
-            M::Mul => one(multiply::product(size, false)),
-            M::Div => one(multiply::division(size, false)),
-            M::Idiv => one(multiply::division(size, true)),
-            M::Imul => self.truncated(i, size),
-            M::Bswap => one(bit::swap(size)),
-            M::Bt => self.bit_test(i, 0, size),
-            M::Bts => self.bit_test(i, 1, size),
-            M::Btr => self.bit_test(i, 2, size),
-            M::Btc => self.bit_test(i, 3, size),
-            M::Bsf => self.bit_count(i, 0, size),
-            M::Bsr => self.bit_count(i, 1, size),
-            M::Tzcnt => self.bit_count(i, 2, size),
-            M::Lzcnt => self.bit_count(i, 3, size),
-            M::Popcnt => self.bit_count(i, 4, size),
-            M::Andn => {
-                let ((r1, size), (base, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-                Some(Op { r1, base, r2: register_operand(i, 2)?.0, ..self.op(bit::and_not(size)) })
-            }
-            _ => None,
-        }
-    }
-
-    fn truncated(&self, i: &Instruction, size: usize) -> Option<Op> {
-        let (r1, _) = register_operand(i, 0)?;
-        if i.op_count() == 3 {
-            let (r2, _) = register_operand(i, 1)?;
-            return Some(Op { r1, r2, imm: immediate(i, 2)?, ..self.op(multiply::truncated(size, 1)?) });
-        }
-        if let Some((r2, _)) = register_operand(i, 1) {
-            return Some(Op { r1, r2, ..self.op(multiply::truncated(size, 0)?) });
-        }
-        Some(with_memory(Op { r1, ..self.op(multiply::truncated(size, 2)?) }, self.memory(i)?))
-    }
-
-    fn bit_test(&self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
-        let (r1, _) = register_operand(i, 0)?;
-        if let Some((r2, _)) = register_operand(i, 1) {
-            return Some(Op { r1, r2, ..self.op(bit::bit_test(kind, size, false)?) });
-        }
-        Some(Op { r1, imm: i.immediate8().into(), ..self.op(bit::bit_test(kind, size, true)?) })
-    }
-
-    fn bit_count(&self, i: &Instruction, kind: u8, size: usize) -> Option<Op> {
-        let ((r1, _), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-        Some(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
-    }
-
-    fn vector(&mut self, i: &Instruction) -> Option<Op> {
-        use Mnemonic as M;
-        let xmm = |operand| xmm_operand(i, operand);
-        match i.mnemonic() {
-            M::Movaps | M::Movapd | M::Movdqa => self.whole(i, true),
-            M::Movups | M::Movupd | M::Movdqu => self.whole(i, false),
-            M::Movd => self.part(i, 4),
-            M::Movq => self.part(i, 8),
-            M::Movss if has_memory(i) => self.part(i, 4),
-            M::Movsd if has_memory(i) && (xmm(0).is_some() || xmm(1).is_some()) => self.part(i, 8),
-            M::Pxor | M::Xorps | M::Xorpd => self.bitwise(i, 0),
-            M::Por | M::Orps | M::Orpd => self.bitwise(i, 1),
-            M::Pand | M::Andps | M::Andpd => self.bitwise(i, 2),
-            _ => None,
-        }
-        .or_else(|| self.vector_call(i))
-    }
-
-    fn whole(&self, i: &Instruction, is_aligned: bool) -> Option<Op> {
-        match (xmm_operand(i, 0), xmm_operand(i, 1)) {
-            (Some(r1), Some(r2)) => Some(Op { r1, r2, ..self.op(vector::move_rr) }),
-            (Some(r1), None) => Some(with_memory(Op { r1, ..self.op(vector::load(is_aligned)) }, self.memory(i)?)),
-            (None, Some(r2)) => Some(with_memory(Op { r2, ..self.op(vector::store(is_aligned)) }, self.memory(i)?)),
-            _ => None,
-        }
-    }
-
-    fn part(&self, i: &Instruction, size: usize) -> Option<Op> {
-        match (xmm_operand(i, 0), xmm_operand(i, 1)) {
-            (Some(r1), None) => match register_operand(i, 1) {
-                Some((r2, _)) => Some(Op { r1, r2, ..self.op(vector::part_from_register(size)) }),
-                None if has_memory(i) => {
-                    Some(with_memory(Op { r1, ..self.op(vector::part_from_memory(size)) }, self.memory(i)?))
-                }
-                None => None,
-            },
-            (None, Some(r2)) => match register_operand(i, 0) {
-                Some((r1, _)) => Some(Op { r1, r2, ..self.op(vector::part_to_register(size)) }),
-                None if has_memory(i) => {
-                    Some(with_memory(Op { r2, ..self.op(vector::part_to_memory(size)) }, self.memory(i)?))
-                }
-                None => None,
-            },
-            _ => None,
-        }
-    }
-
-    fn bitwise(&self, i: &Instruction, kind: u8) -> Option<Op> {
-        let (r1, r2) = (xmm_operand(i, 0)?, xmm_operand(i, 1)?);
-        Some(Op { r1, r2, ..self.op(vector::bitwise(kind)) })
-    }
-
-    /// Operations of the table, of 128 bits and less.
-    fn vector_call(&mut self, i: &Instruction) -> Option<Op> {
-        use super::vector_call::{Destination, Source};
-        let uses_mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
-        if i.encoding() != iced_x86::EncodingKind::Legacy || uses_mmx {
-            return None;
-        }
-        let call = VectorCall::new(i).filter(|call| !call.is_vex && !call.is_wide)?;
-        if let (Source::Memory { .. }, Destination::General(_)) = (call.source, call.destination) {
-            return None;
-        }
-        let imm = i32::try_from(self.tables.vectors.len()).expect("at most 64");
-        let run: Handler = if call.plain().is_some() { vector::plain } else { vector::call };
-        let op = Op { imm, ..self.op(run) };
-        let op = if let Source::Memory { .. } = call.source { with_memory(op, self.memory(i)?) } else { op };
-        self.tables.vectors.push(call);
-        Some(op)
-    }
+/// The bit of a register of which a result of that size leaves a part.
+fn narrow(register: u8, size: usize) -> u32 {
+    if size < 4 { of(register) } else { 0 }
 }
 
 /// Byte offset of a register in the engine's.
@@ -619,14 +474,6 @@ fn register_operand(i: &Instruction, operand: u32) -> Option<(u8, usize)> {
     Some((offset(place.index) + u8::from(place.shift == 8), place.size))
 }
 
-/// Number of an XMM register that an operand names.
-fn xmm_operand(i: &Instruction, operand: u32) -> Option<u8> {
-    if operand >= i.op_count() || i.op_kind(operand) != OpKind::Register || !i.op_register(operand).is_xmm() {
-        return None;
-    }
-    u8::try_from(i.op_register(operand) as usize - Register::XMM0 as usize).ok().filter(|n| *n < 16)
-}
-
 fn has_memory(i: &Instruction) -> bool {
     i.op_kinds().any(|kind| kind == OpKind::Memory)
 }
@@ -639,6 +486,7 @@ fn immediate(i: &Instruction, operand: u32) -> Option<i32> {
     if is_narrow { Some((value & 0xffff_ffff) as u32 as i32) } else { i32::try_from(value).ok() }
 }
 
+#[inline(always)]
 fn with_memory(op: Op, memory: Memory) -> Op {
     let Memory { base, index, scale, disp, .. } = memory;
     Op { base, index, scale, disp, ..op }
@@ -670,9 +518,5 @@ fn condition(i: &Instruction) -> Option<u8> {
 /// NOPs and hints.
 fn does_nothing(i: &Instruction) -> bool {
     use Mnemonic as M;
-    match i.mnemonic() {
-        M::Nop | M::Endbr64 => true,
-        M::Pause => i.len() == 2,
-        _ => false,
-    }
+    matches!(i.mnemonic(), M::Nop | M::Endbr64)
 }

@@ -106,6 +106,8 @@ pub struct Operation {
     pub function: VectorFn,
     /// What to call instead where the answer is a general register of 8 bytes.
     pub to_wide: Option<VectorFn>,
+    /// What to call instead where the host's MXCSR is the guest's and gathers its flags.
+    pub bare: Option<VectorFn>,
     /// What it answers.
     pub answer: Answer,
     /// Depends on MXCSR and raises its exceptions.
@@ -124,6 +126,7 @@ impl Operation {
         Self {
             function,
             to_wide: None,
+            bare: None,
             answer: Answer::Vector,
             is_float: false,
             uses_third: false,
@@ -135,6 +138,11 @@ impl Operation {
     /// One under MXCSR that answers with a vector.
     pub(super) const fn float(function: VectorFn) -> Self {
         Self { is_float: true, ..Self::plain(function) }
+    }
+
+    /// The same with a function that leaves MXCSR alone.
+    pub(super) const fn with_bare(self, bare: VectorFn) -> Self {
+        Self { bare: Some(bare), ..self }
     }
 
     /// The same for an instruction whose name, in small letters, says what it computes.

@@ -50,6 +50,20 @@ macro_rules! float {
     }};
 }
 
+/// The same as `float` under the host's MXCSR, which gathers the flags.
+macro_rules! bare {
+    ($store:expr, $($text:expr),+) => {{
+        unsafe fn run(dst: *mut u128, src: *const u128, _control: *mut Control) {
+            // SAFETY: as in `plain`. The stack is used to read the flags.
+            unsafe {
+                asm!("movups xmm0, [{d}]", "movups xmm1, [{s}]", $($text,)+ $store,
+                    d = in(reg) dst, s = in(reg) src, out("rax") _, out("xmm0") _, out("xmm1") _);
+            }
+        }
+        run as VectorFn
+    }};
+}
+
 /// Jumps to the entry of a table of copies of an instruction on XMM0 and XMM1, one for each immediate.
 macro_rules! immediate_table {
     ($count:literal, $bytes:literal) => {
@@ -134,4 +148,4 @@ macro_rules! float_third {
     }};
 }
 
-pub(super) use {float, float_immediate, float_third, immediate, immediate_table, plain, third, to_general};
+pub(super) use {bare, float, float_immediate, float_third, immediate, immediate_table, plain, third, to_general};

@@ -11,7 +11,7 @@ use super::{CpuState, Outcome};
 /// CR4: unmasked SSE exceptions raise #XM.
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 /// MXCSR's exception flags.
-const EXCEPTION_FLAGS: u32 = 0x3f;
+pub(super) const EXCEPTION_FLAGS: u32 = 0x3f;
 /// Those that are found before anything is computed: invalid operation, denormal operand, division by zero.
 const EARLY_EXCEPTIONS: u32 = 7;
 /// MXCSR's flag for underflow.
@@ -64,6 +64,9 @@ pub enum Destination {
 pub struct VectorCall {
     operation: &'static Operation,
     function: VectorFn,
+    /// What to call instead where the host's MXCSR is the guest's: an SSE instruction whose destination is its first
+    /// operand, or the flags.
+    pub(super) bare: Option<VectorFn>,
     /// Where the result goes.
     pub destination: Destination,
     /// The register that the destination begins as.
@@ -146,17 +149,24 @@ impl VectorCall {
         let has_immediate = instruction.op_kind(last) == OpKind::Immediate8;
         let immediate = if has_immediate { instruction.immediate8() } else { 0 };
         let is_wide = is_wide(instruction) || matches!(source, Source::Memory { size: 32, .. });
-        Some(Self { operation, function, destination, first, third, source, immediate, is_wide, is_vex })
+        let is_simple = !is_vex && matches!(destination, Destination::Register(_) | Destination::Flags);
+        let bare = operation.bare.filter(|_| is_simple);
+        Some(Self { operation, function, bare, destination, first, third, source, immediate, is_wide, is_vex })
     }
 
-    /// The function with the numbers of the registers that `dst` and `src` stand for, where the call comes to no more
-    /// than that: an SSE instruction between registers that needs neither MXCSR, an immediate nor a third operand.
-    pub fn plain(&self) -> Option<(VectorFn, u8, u8)> {
-        match (self.destination, self.source) {
-            (Destination::Register(to), Source::Register(from))
-                if !self.is_vex && !self.operation.is_float && !self.operation.uses_third && self.immediate == 0 =>
+    /// The function, the destination's number and the immediate, where the call comes to no more than that and a source
+    /// of 16 bytes: an SSE instruction that needs neither MXCSR nor a third operand.
+    pub(super) fn plain(&self) -> Option<(VectorFn, u8, u8)> {
+        let is_whole = matches!(self.source, Source::Register(_) | Source::Memory { size: 16, is_aligned: true, .. });
+        match self.destination {
+            Destination::Register(to)
+                if is_whole
+                    && to == self.first
+                    && !self.is_vex
+                    && !self.operation.is_float
+                    && !self.operation.uses_third =>
             {
-                Some((self.function, to, from))
+                Some((self.function, to, self.immediate))
             }
             _ => None,
         }
@@ -283,6 +293,7 @@ pub(super) fn evaluate(
     let call = VectorCall {
         operation,
         function: operation.function,
+        bare: None,
         destination: Destination::Register(0),
         first: 0,
         third: 0,

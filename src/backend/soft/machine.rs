@@ -146,6 +146,8 @@ pub(super) struct Shared {
 pub(super) enum Pause {
     /// Something has to be looked at.
     Slice,
+    /// It waits for another vCPU, by PAUSE, and gives its turn away.
+    Turn,
     /// It sleeps until an interrupt comes.
     Halt(Halt),
 }
@@ -244,7 +246,7 @@ impl Shared {
         inner.visits[vcpu].is_inside = false;
         match pause {
             Pause::Slice if inner.schedule.left() > 0 => return,
-            Pause::Slice => {}
+            Pause::Slice | Pause::Turn => {}
             Pause::Halt(halt) => inner.schedule.set_halt(vcpu, Some(halt)),
         }
         inner.advance();
@@ -328,6 +330,14 @@ mod tests {
             .collect();
         assert!(orders.iter().all(|order| *order == orders[0] && order.len() == 150));
         assert!((0..140).all(|n| orders[0][n].0 == n % 3));
+    }
+
+    #[test]
+    fn test_vcpu_that_pauses_gives_its_turn_away() {
+        let shared = shared(2, ClockKind::Virtual);
+        assert!(shared.take_turn(0).unwrap().schedule.left() > 1);
+        shared.end_slice(0, 1, Pause::Turn);
+        assert_eq!(shared.lock().schedule.holder(), 1);
     }
 
     #[test]

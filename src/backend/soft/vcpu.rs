@@ -35,6 +35,8 @@ pub struct SoftVcpu {
     /// The CPU's count of instructions that the clock knows of.
     counted: u64,
     tsc_offset: u64,
+    /// The last slice ended with PAUSE.
+    pauses: bool,
 }
 
 impl SoftVcpu {
@@ -48,7 +50,7 @@ impl SoftVcpu {
         let kick = Arc::new(SoftKick::new(vcpu, cpu.interrupt_flag(), shared.clone()));
         shared.join(vcpu);
         let debug = GuestDebug::default();
-        Self { cpu, vcpu, number, cpus, shared: shared.clone(), kick, debug, counted: 0, tsc_offset: 0 }
+        Self { cpu, vcpu, number, cpus, shared: shared.clone(), kick, debug, counted: 0, tsc_offset: 0, pauses: false }
     }
 
     /// Executes until the next exit, for the VMM or for the machine. `None`: there was a kick instead of a turn.
@@ -76,9 +78,11 @@ impl SoftVcpu {
             cpus: self.cpus,
             clock,
             start,
+            pauses: false,
             tsc_offset: &mut self.tsc_offset,
         };
         let exit = self.cpu.run(&mut wires, budget);
+        self.pauses = wires.pauses;
         self.counted = self.cpu.instructions();
         Some((exit, self.counted.wrapping_sub(start)))
     }
@@ -158,6 +162,7 @@ impl SoftVcpu {
             cpus: self.cpus,
             clock,
             start: self.counted,
+            pauses: false,
             tsc_offset: &mut self.tsc_offset,
         };
         f(&mut self.cpu, &mut wires)
@@ -255,6 +260,7 @@ impl Vcpu for SoftVcpu {
                         return Ok(exit);
                     }
                 }
+                CpuExit::Platform if self.pauses => self.shared.end_slice(self.vcpu, executed, Pause::Turn),
                 CpuExit::Budget | CpuExit::Platform => self.shared.end_slice(self.vcpu, executed, Pause::Slice),
                 CpuExit::Interrupted => {
                     self.shared.go_outside(self.vcpu, executed);

@@ -24,6 +24,8 @@ pub(super) struct Wires<'a> {
     pub clock: Clock,
     /// The CPU's count of instructions at the start of the slice.
     pub start: u64,
+    /// PAUSE was executed, and there are other vCPUs to go on.
+    pub pauses: bool,
     /// What to add to the machine's time for the time stamp counter.
     pub tsc_offset: &'a mut u64,
 }
@@ -115,6 +117,11 @@ impl Platform for Wires<'_> {
 
     fn tsc(&mut self, now: u64) -> u64 {
         self.moment(now).tsc
+    }
+
+    fn pause(&mut self, _now: u64) -> Reply {
+        self.pauses = self.cpus > 1;
+        if self.pauses { Reply::Leave } else { Reply::Done }
     }
 
     fn pending_interrupt(&mut self, now: u64) -> Option<u8> {

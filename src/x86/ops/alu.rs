@@ -1,11 +1,13 @@
 //! Two-operand arithmetic and logic, INC, DEC, NEG, NOT, and comparisons joined with the branch that follows them.
 
+use std::marker::PhantomData;
+
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
 use super::super::lazy::Lazy;
 use super::flow::{fall_through, take};
 use super::int::Int;
-use super::{Address, Based, Indexed, next, place, redo, reg, set};
+use super::{Address, Based, Indexed, find, next, reg, set};
 
 /// What is computed of two operands, with its flags.
 pub(in super::super) trait Alu {
@@ -71,6 +73,18 @@ pub(in super::super) fn logic<T: Int>(flags: &mut Lazy, r: T) -> T {
     r
 }
 
+/// The same without flags.
+pub(in super::super) struct Quiet<O>(PhantomData<O>);
+
+impl<O: Alu> Alu for Quiet<O> {
+    const WRITES: bool = O::WRITES;
+    #[inline(always)]
+    fn run<T: Int>(flags: &mut Lazy, a: T, b: T) -> T {
+        let mut unused = *flags;
+        O::run(&mut unused, a, b)
+    }
+}
+
 /// Between registers.
 unsafe fn rr<O: Alu, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
     let (a, b) = (reg::<T>(e, (*op).r1), reg::<T>(e, (*op).r2));
@@ -97,12 +111,25 @@ unsafe fn ri<O: Alu, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
     next!(e, op)
 }
 
+/// Of registers, to another.
+unsafe fn apart_rr<O: Alu, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let (a, b) = (reg::<T>(e, (*op).base), reg::<T>(e, (*op).r2));
+    let r = O::run(&mut e.flags, a, b);
+    set(e, (*op).r1, r);
+    next!(e, op)
+}
+
+/// Of a register and an immediate, to another.
+unsafe fn apart_ri<O: Alu, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let a = reg::<T>(e, (*op).base);
+    let r = O::run(&mut e.flags, a, immediate(op));
+    set(e, (*op).r1, r);
+    next!(e, op)
+}
+
 /// A register and memory.
 unsafe fn rm<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = place::<T, false>(e, A::of(e, op));
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(T, false, e, op, A::of(e, op));
     let a = reg::<T>(e, (*op).r1);
     let r = O::run(&mut e.flags, a, from.read_unaligned());
     if O::WRITES {
@@ -111,19 +138,10 @@ unsafe fn rm<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut 
     next!(e, op)
 }
 
-/// Where a memory operand is, for what the operation does to it.
-#[inline(always)]
-unsafe fn target<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut T {
-    let address = A::of(e, op);
-    if O::WRITES { place::<T, true>(e, address) } else { place::<T, false>(e, address) }
-}
-
 /// Memory and a register.
 unsafe fn mr<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let at = target::<O, T, A>(e, op);
-    if at.is_null() {
-        return redo(e, op);
-    }
+    let address = A::of(e, op);
+    let at = if O::WRITES { find!(T, true, e, op, address) } else { find!(T, false, e, op, address) };
     let b = reg::<T>(e, (*op).r2);
     let r = O::run(&mut e.flags, at.read_unaligned(), b);
     if O::WRITES {
@@ -134,10 +152,8 @@ unsafe fn mr<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut 
 
 /// Memory and an immediate.
 unsafe fn mi<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let at = target::<O, T, A>(e, op);
-    if at.is_null() {
-        return redo(e, op);
-    }
+    let address = A::of(e, op);
+    let at = if O::WRITES { find!(T, true, e, op, address) } else { find!(T, false, e, op, address) };
     let r = O::run(&mut e.flags, at.read_unaligned(), immediate(op));
     if O::WRITES {
         at.write_unaligned(r);
@@ -182,6 +198,40 @@ pub(in super::super) fn alu<O: Alu>(form: Form, size: usize, is_indexed: bool) -
     }
 }
 
+/// The function for an operation without flags, of the common forms.
+pub(in super::super) fn quiet<O: Alu>(form: Form, size: usize, is_indexed: bool) -> Option<Handler> {
+    macro_rules! forms {
+        ($int:ty) => {
+            match (form, is_indexed) {
+                (Form::RegisterRegister, _) => rr::<Quiet<O>, $int>,
+                (Form::RegisterImmediate, _) => ri::<Quiet<O>, $int>,
+                (Form::RegisterMemory, false) => rm::<Quiet<O>, $int, Based>,
+                (Form::RegisterMemory, true) => rm::<Quiet<O>, $int, Indexed>,
+                (Form::MemoryRegister, false) => mr::<Quiet<O>, $int, Based>,
+                (Form::MemoryRegister, true) => mr::<Quiet<O>, $int, Indexed>,
+                (Form::MemoryImmediate, _) => return None,
+            }
+        };
+    }
+    let handler: Handler = match size {
+        4 => forms!(u32),
+        8 => forms!(u64),
+        _ => return None,
+    };
+    Some(handler)
+}
+
+/// The functions for an operation with its first operand apart from where the result goes, with flags and without.
+pub(in super::super) fn apart<O: Alu>(form: Form, size: usize) -> Option<(usize, Handler, Handler)> {
+    Some(match (form, size) {
+        (Form::RegisterRegister, 4) => (size, apart_rr::<O, u32>, apart_rr::<Quiet<O>, u32>),
+        (Form::RegisterRegister, 8) => (size, apart_rr::<O, u64>, apart_rr::<Quiet<O>, u64>),
+        (Form::RegisterImmediate, 4) => (size, apart_ri::<O, u32>, apart_ri::<Quiet<O>, u32>),
+        (Form::RegisterImmediate, 8) => (size, apart_ri::<O, u64>, apart_ri::<Quiet<O>, u64>),
+        _ => return None,
+    })
+}
+
 /// What is computed of one operand.
 pub(in super::super) trait Unary {
     fn run<T: Int>(flags: &mut Lazy, a: T) -> T;
@@ -206,6 +256,23 @@ unary! {
     Invert, |_flags, a| !a;
 }
 
+impl<O: Unary> Unary for Quiet<O> {
+    #[inline(always)]
+    fn run<T: Int>(flags: &mut Lazy, a: T) -> T {
+        let mut unused = *flags;
+        O::run(&mut unused, a)
+    }
+}
+
+/// The function for an operation on a register without flags.
+pub(in super::super) fn unary_quiet<O: Unary>(size: usize) -> Option<Handler> {
+    match size {
+        4 => Some(unary_r::<Quiet<O>, u32>),
+        8 => Some(unary_r::<Quiet<O>, u64>),
+        _ => None,
+    }
+}
+
 /// Sets all flags but CF. `out` are the carries out of each bit.
 #[inline(always)]
 fn keeping_carry<T: Int>(flags: &mut Lazy, out: T, r: T) -> T {
@@ -225,10 +292,7 @@ unsafe fn unary_r<O: Unary, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block
 }
 
 unsafe fn unary_m<O: Unary, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let at = place::<T, true>(e, Indexed::of(e, op));
-    if at.is_null() {
-        return redo(e, op);
-    }
+    let at = find!(T, true, e, op, Indexed::of(e, op));
     let r = O::run(&mut e.flags, at.read_unaligned());
     at.write_unaligned(r);
     next!(e, op)

@@ -5,7 +5,7 @@ use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
 use super::alu::{by_condition, by_size, holds};
 use super::int::Int;
-use super::{Address, Based, Indexed, next, place, redo, reg, set};
+use super::{Address, Based, Indexed, find, next, reg, set};
 
 /// Byte offset of RDX.
 const RDX: u8 = 2 * 8;
@@ -29,28 +29,19 @@ pub(in super::super) unsafe fn mov_wide(e: &mut Engine, op: *const Op) -> *mut B
 }
 
 unsafe fn mov_rm<T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = place::<T, false>(e, A::of(e, op));
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(T, false, e, op, A::of(e, op));
     set(e, (*op).r1, from.read_unaligned());
     next!(e, op)
 }
 
 unsafe fn mov_mr<T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let to = place::<T, true>(e, A::of(e, op));
-    if to.is_null() {
-        return redo(e, op);
-    }
+    let to = find!(T, true, e, op, A::of(e, op));
     to.write_unaligned(reg::<T>(e, (*op).r2));
     next!(e, op)
 }
 
 unsafe fn mov_mi<T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let to = place::<T, true>(e, A::of(e, op));
-    if to.is_null() {
-        return redo(e, op);
-    }
+    let to = find!(T, true, e, op, A::of(e, op));
     to.write_unaligned(T::cut(i64::from((*op).imm).cast_unsigned()));
     next!(e, op)
 }
@@ -93,10 +84,7 @@ unsafe fn extend_r<T: Int, F: Int, const SIGNED: bool>(e: &mut Engine, op: *cons
 }
 
 unsafe fn extend_m<T: Int, F: Int, const SIGNED: bool, A: Address>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = place::<F, false>(e, A::of(e, op));
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(F, false, e, op, A::of(e, op));
     set(e, (*op).r1, extend::<T, F, SIGNED>(from.read_unaligned()));
     next!(e, op)
 }
@@ -157,10 +145,7 @@ unsafe fn set_r<const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
 }
 
 unsafe fn set_m<const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let to = place::<u8, true>(e, Indexed::of(e, op));
-    if to.is_null() {
-        return redo(e, op);
-    }
+    let to = find!(u8, true, e, op, Indexed::of(e, op));
     to.write(u8::from(holds::<C>(e.flags)));
     next!(e, op)
 }
@@ -178,10 +163,7 @@ unsafe fn cmov_rr<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Bl
 }
 
 unsafe fn cmov_rm<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = place::<T, false>(e, Indexed::of(e, op));
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(T, false, e, op, Indexed::of(e, op));
     let value = if holds::<C>(e.flags) { from.read_unaligned() } else { reg::<T>(e, (*op).r1) };
     set(e, (*op).r1, value);
     next!(e, op)

@@ -3,7 +3,7 @@
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::{Engine, START, Stop};
 use super::alu::{by_condition, holds};
-use super::{Address, Indexed, next, place, redo, reg, set};
+use super::{Address, Indexed, find, next, place, redo, reg, set};
 
 /// Byte offset of RSP.
 const RSP: u8 = 4 * 8;
@@ -27,7 +27,8 @@ unsafe fn unlinked(e: &mut Engine, which: usize, target: u64) -> *mut Block {
     e.rip = target;
     e.which = which;
     e.stop = Stop::Link;
-    std::ptr::null_mut()
+    // Not known to the caller, so that its call is its last and needs no frame.
+    std::hint::black_box(std::ptr::null_mut())
 }
 
 /// Goes to `offset` from the block's start.
@@ -82,12 +83,20 @@ unsafe fn push_word(e: &mut Engine, value: u64) -> bool {
     true
 }
 
+/// Pushes a word, or leaves the operation.
+macro_rules! push {
+    ($engine:expr, $op:expr, $value:expr) => {{
+        let top = reg::<u64>($engine, RSP).wrapping_sub(8);
+        let at = find!(u64, true, $engine, $op, top);
+        at.write_unaligned($value);
+        set($engine, RSP, top);
+    }};
+}
+
 /// CALL of a relative address.
 pub(in super::super) unsafe fn call(e: &mut Engine, op: *const Op) -> *mut Block {
     let back = end(e);
-    if !push_word(e, back) {
-        return redo(e, op);
-    }
+    push!(e, op, back);
     take(e, (*op).disp)
 }
 
@@ -95,9 +104,10 @@ pub(in super::super) unsafe fn call(e: &mut Engine, op: *const Op) -> *mut Block
 pub(in super::super) unsafe fn call_r(e: &mut Engine, op: *const Op) -> *mut Block {
     let target = reg::<u64>(e, (*op).r1);
     let back = end(e);
-    if !e.core.mmu.is_canonical(target) || !push_word(e, back) {
+    if !e.core.mmu.is_canonical(target) {
         return redo(e, op);
     }
+    push!(e, op, back);
     e.jump(target)
 }
 
@@ -126,10 +136,7 @@ pub(in super::super) unsafe fn jump_r(e: &mut Engine, op: *const Op) -> *mut Blo
 
 /// JMP to an address in memory.
 pub(in super::super) unsafe fn jump_m(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = place::<u64, false>(e, Indexed::of(e, op));
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(u64, false, e, op, Indexed::of(e, op));
     let target = from.read_unaligned();
     if !e.core.mmu.is_canonical(target) {
         return redo(e, op);
@@ -140,10 +147,7 @@ pub(in super::super) unsafe fn jump_m(e: &mut Engine, op: *const Op) -> *mut Blo
 /// RET, with an immediate that is released.
 pub(in super::super) unsafe fn ret(e: &mut Engine, op: *const Op) -> *mut Block {
     let top = reg::<u64>(e, RSP);
-    let from = place::<u64, false>(e, top);
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(u64, false, e, op, top);
     let target = from.read_unaligned();
     if !e.core.mmu.is_canonical(target) {
         return redo(e, op);
@@ -155,17 +159,13 @@ pub(in super::super) unsafe fn ret(e: &mut Engine, op: *const Op) -> *mut Block 
 /// PUSH of a register.
 pub(in super::super) unsafe fn push_r(e: &mut Engine, op: *const Op) -> *mut Block {
     let value = reg::<u64>(e, (*op).r1);
-    if !push_word(e, value) {
-        return redo(e, op);
-    }
+    push!(e, op, value);
     next!(e, op)
 }
 
 /// PUSH of an immediate.
 pub(in super::super) unsafe fn push_i(e: &mut Engine, op: *const Op) -> *mut Block {
-    if !push_word(e, i64::from((*op).imm).cast_unsigned()) {
-        return redo(e, op);
-    }
+    push!(e, op, i64::from((*op).imm).cast_unsigned());
     next!(e, op)
 }
 
@@ -185,10 +185,7 @@ pub(in super::super) unsafe fn push_m(e: &mut Engine, op: *const Op) -> *mut Blo
 /// POP of a register.
 pub(in super::super) unsafe fn pop_r(e: &mut Engine, op: *const Op) -> *mut Block {
     let top = reg::<u64>(e, RSP);
-    let from = place::<u64, false>(e, top);
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(u64, false, e, op, top);
     let value = from.read_unaligned();
     set(e, RSP, top.wrapping_add(8));
     set(e, (*op).r1, value);
@@ -198,10 +195,7 @@ pub(in super::super) unsafe fn pop_r(e: &mut Engine, op: *const Op) -> *mut Bloc
 /// LEAVE.
 pub(in super::super) unsafe fn leave(e: &mut Engine, op: *const Op) -> *mut Block {
     let top = reg::<u64>(e, RBP);
-    let from = place::<u64, false>(e, top);
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(u64, false, e, op, top);
     let value = from.read_unaligned();
     set(e, RBP, value);
     set(e, RSP, top.wrapping_add(8));
@@ -213,8 +207,6 @@ pub(in super::super) unsafe fn push_flags(e: &mut Engine, op: *const Op) -> *mut
     /// Resume flag and virtual-8086 mode are not shown.
     const HIDDEN: u64 = 3 << 16;
     let value = e.flags.merge(e.core.state.core.registers.rflags) & !HIDDEN;
-    if !push_word(e, value) {
-        return redo(e, op);
-    }
+    push!(e, op, value);
     next!(e, op)
 }

@@ -99,6 +99,62 @@ pub(super) unsafe fn place<T: Int, const WRITE: bool>(e: &mut Engine, address: u
     }
 }
 
+/// Where a value in guest memory is in the host, if the TLB knows.
+#[inline(always)]
+pub(super) unsafe fn hit<T, const WRITE: bool>(e: &Engine, address: u64) -> Option<*mut T> {
+    let entry = e.core.mmu.data.get_unchecked((address >> 12) as usize & (ENTRIES - 1));
+    let tag = if WRITE { entry.write } else { entry.read };
+    let last = address.wrapping_add(size_of::<T>() as u64 - 1);
+    (last & PAGE_MASK == tag).then(|| address.wrapping_add(entry.addend) as *mut T)
+}
+
+/// Where the one value in memory is that an operation is about. If the TLB doesn't know, the function returns, and the
+/// operation is executed again, or by the slow executor; so it has changed nothing yet. Nothing is kept in registers
+/// for that, which makes the fast way shorter than with [`place`].
+macro_rules! find {
+    ($type:ty, $is_write:expr, $engine:expr, $op:expr, $address:expr) => {{
+        let address = $address;
+        match $crate::x86::ops::hit::<$type, { $is_write }>($engine, address) {
+            Some(at) => at,
+            None => return $crate::x86::ops::missed($engine, $op, address, size_of::<$type>(), $is_write),
+        }
+    }};
+}
+pub(super) use find;
+
+/// An operation whose access the TLB doesn't know. It is executed once that is different; where it can't be, as for an
+/// access across pages, by itself, with an entry of the TLB that only serves it.
+#[cold]
+#[inline(never)]
+pub(super) unsafe fn missed(e: &mut Engine, op: *const Op, address: u64, size: usize, is_write: bool) -> *mut Block {
+    let host = e.core.mmu.miss(address, size, is_write);
+    if host.is_null() {
+        return redo(e, op);
+    }
+    if e.core.mmu.knows(address, size, is_write) {
+        return ((*op).run)(e, op);
+    }
+    let alone = [*op, Op { run: executed, ..*op }];
+    let kept = e.core.mmu.lend(address, size, host);
+    let next = ((*op).run)(e, alone.as_ptr());
+    e.core.mmu.take_back(address, kept);
+    if next != EXECUTED {
+        if e.at == alone.as_ptr() {
+            e.at = op;
+        }
+        return next;
+    }
+    next!(e, op)
+}
+
+/// What [`executed`] returns: no block is there.
+const EXECUTED: *mut Block = std::ptr::dangling_mut();
+
+/// Stands behind an operation that is executed by itself.
+unsafe fn executed(_: &mut Engine, _: *const Op) -> *mut Block {
+    EXECUTED
+}
+
 /// Stops at an operation of which nothing is done.
 #[cold]
 #[inline(never)]

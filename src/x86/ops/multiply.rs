@@ -4,7 +4,7 @@ use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
 use super::super::lazy::Lazy;
 use super::int::Int;
-use super::{Address, Indexed, next, place, redo, reg, set};
+use super::{Address, Indexed, find, next, redo, reg, set};
 
 /// Byte offset of RDX.
 const RDX: u8 = 2 * 8;
@@ -16,7 +16,10 @@ fn product_flags<T: Int>(flags: &mut Lazy, low: T, overflows: bool) {
 }
 
 #[inline(always)]
-fn signed_product<T: Int>(flags: &mut Lazy, a: T, b: T) -> T {
+fn signed_product<T: Int, const QUIET: bool>(flags: &mut Lazy, a: T, b: T) -> T {
+    if QUIET {
+        return T::cut(a.zx().wrapping_mul(b.zx()));
+    }
     let product = i128::from(a.sx().cast_signed()) * i128::from(b.sx().cast_signed());
     let low = T::cut(product as u64);
     product_flags(flags, low, i128::from(low.sx().cast_signed()) != product);
@@ -24,30 +27,27 @@ fn signed_product<T: Int>(flags: &mut Lazy, a: T, b: T) -> T {
 }
 
 /// IMUL r1, r2.
-unsafe fn imul_rr<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+unsafe fn imul_rr<T: Int, const QUIET: bool>(e: &mut Engine, op: *const Op) -> *mut Block {
     let (a, b) = (reg::<T>(e, (*op).r1), reg::<T>(e, (*op).r2));
-    let r = signed_product(&mut e.flags, a, b);
+    let r = signed_product::<T, QUIET>(&mut e.flags, a, b);
     set(e, (*op).r1, r);
     next!(e, op)
 }
 
 /// IMUL r1, r2, imm.
-unsafe fn imul_rri<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+unsafe fn imul_rri<T: Int, const QUIET: bool>(e: &mut Engine, op: *const Op) -> *mut Block {
     let b = T::cut(i64::from((*op).imm).cast_unsigned());
     let a = reg::<T>(e, (*op).r2);
-    let r = signed_product(&mut e.flags, a, b);
+    let r = signed_product::<T, QUIET>(&mut e.flags, a, b);
     set(e, (*op).r1, r);
     next!(e, op)
 }
 
 /// IMUL r1, [memory].
 unsafe fn imul_rm<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = place::<T, false>(e, Indexed::of(e, op));
-    if from.is_null() {
-        return redo(e, op);
-    }
+    let from = find!(T, false, e, op, Indexed::of(e, op));
     let a = reg::<T>(e, (*op).r1);
-    let r = signed_product(&mut e.flags, a, from.read_unaligned());
+    let r = signed_product::<T, false>(&mut e.flags, a, from.read_unaligned());
     set(e, (*op).r1, r);
     next!(e, op)
 }
@@ -55,15 +55,26 @@ unsafe fn imul_rm<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
 /// IMUL with two or three operands: `form` 0 is a register, 1 an immediate, 2 memory.
 pub(in super::super) fn truncated(size: usize, form: u8) -> Option<Handler> {
     let handler: Handler = match (size, form) {
-        (4, 0) => imul_rr::<u32>,
-        (8, 0) => imul_rr::<u64>,
-        (4, 1) => imul_rri::<u32>,
-        (8, 1) => imul_rri::<u64>,
+        (4, 0) => imul_rr::<u32, false>,
+        (8, 0) => imul_rr::<u64, false>,
+        (4, 1) => imul_rri::<u32, false>,
+        (8, 1) => imul_rri::<u64, false>,
         (4, 2) => imul_rm::<u32>,
         (8, 2) => imul_rm::<u64>,
         _ => return None,
     };
     Some(handler)
+}
+
+/// IMUL of registers (`form` 0) or of a register and an immediate, without flags.
+pub(in super::super) fn truncated_quiet(size: usize, form: u8) -> Option<Handler> {
+    match (size, form) {
+        (4, 0) => Some(imul_rr::<u32, true>),
+        (8, 0) => Some(imul_rr::<u64, true>),
+        (4, 1) => Some(imul_rri::<u32, true>),
+        (8, 1) => Some(imul_rri::<u64, true>),
+        _ => None,
+    }
 }
 
 /// MUL and IMUL of the accumulator and r1.

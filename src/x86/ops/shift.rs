@@ -3,7 +3,7 @@
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
 use super::super::lazy::Lazy;
-use super::alu::by_size;
+use super::alu::{Quiet, by_size};
 use super::int::Int;
 use super::{next, reg, set};
 
@@ -80,9 +80,26 @@ impl Shift for Ror {
     }
 }
 
+impl<S: Shift> Shift for Quiet<S> {
+    #[inline(always)]
+    fn run<T: Int>(flags: &mut Lazy, value: T, count: u32) -> T {
+        let mut unused = *flags;
+        S::run(&mut unused, value, count)
+    }
+}
+
 unsafe fn by_immediate<S: Shift, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
     let count = (*op).imm.cast_unsigned() & (T::BITS - 1);
     let a = reg::<T>(e, (*op).r1);
+    let r = S::run(&mut e.flags, a, count.max(1));
+    set(e, (*op).r1, r);
+    next!(e, op)
+}
+
+/// Of a register, to another.
+unsafe fn by_immediate_apart<S: Shift, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    let count = (*op).imm.cast_unsigned() & (T::BITS - 1);
+    let a = reg::<T>(e, (*op).base);
     let r = S::run(&mut e.flags, a, count.max(1));
     set(e, (*op).r1, r);
     next!(e, op)
@@ -109,6 +126,25 @@ pub(in super::super) fn variable<S: Shift>(size: usize) -> Option<Handler> {
         8 => Some(by_cl::<S, u64>),
         _ => None,
     }
+}
+
+/// The functions for a shift by an immediate: without flags; of a register to another, with flags and without.
+pub(in super::super) fn variants<S: Shift>(size: usize) -> Option<(Handler, Handler, Handler)> {
+    macro_rules! of {
+        ($int:ty) => {
+            (by_immediate::<Quiet<S>, $int>, by_immediate_apart::<S, $int>, by_immediate_apart::<Quiet<S>, $int>)
+        };
+    }
+    match size {
+        4 => Some(of!(u32)),
+        8 => Some(of!(u64)),
+        _ => None,
+    }
+}
+
+/// The function for a shift by CL without flags.
+pub(in super::super) fn variable_quiet<S: Shift>(size: usize) -> Option<Handler> {
+    variable::<Quiet<S>>(size)
 }
 
 /// SHLX, SHRX and SARX: r1 = r2 shifted by the register at byte offset `base`, and no flags.

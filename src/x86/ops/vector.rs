@@ -1,10 +1,15 @@
 //! SSE moves, and the operations that the host's own instructions do. Where the control registers forbid SSE, and where
 //! an operand that must be aligned is not, the slow executor raises what there is to raise.
 
+use std::arch::x86_64::{
+    __m128i, _mm_and_si128, _mm_cvtsi64_si128, _mm_loadu_si128, _mm_or_si128, _mm_storeu_si128, _mm_xor_si128,
+};
+
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
-use super::super::vector::Control;
-use super::{Address, Indexed, locate, next, redo, reg, set};
+use super::super::lazy::Lazy;
+use super::int::Int;
+use super::{Address, Indexed, find, locate, next, redo, reg, set};
 use crate::registers::{CR0_TS, CR4_OSFXSR};
 
 /// Whether SSE may execute.
@@ -20,12 +25,25 @@ unsafe fn xmm(e: &mut Engine, number: u8) -> *mut u128 {
     e.core.state.core.fpu.xmm.as_mut_ptr().add(usize::from(number & 15))
 }
 
+/// The register's value in one of the host's vector registers. Stores of 16 bytes are what later loads of 16 bytes get
+/// their value from without a wait, as two of 8 bytes are not.
+#[inline(always)]
+unsafe fn value(e: &mut Engine, number: u8) -> __m128i {
+    _mm_loadu_si128(xmm(e, number).cast())
+}
+
+#[inline(always)]
+unsafe fn set_value(e: &mut Engine, number: u8, value: __m128i) {
+    _mm_storeu_si128(xmm(e, number).cast(), value);
+}
+
 /// 16 bytes between registers.
 pub(in super::super) unsafe fn move_rr(e: &mut Engine, op: *const Op) -> *mut Block {
     if !is_enabled(e) {
         return redo(e, op);
     }
-    *xmm(e, (*op).r1) = *xmm(e, (*op).r2);
+    let from = value(e, (*op).r2);
+    set_value(e, (*op).r1, from);
     next!(e, op)
 }
 
@@ -34,11 +52,8 @@ unsafe fn load16<const ALIGNED: bool>(e: &mut Engine, op: *const Op) -> *mut Blo
     if !is_enabled(e) || ALIGNED && address & 15 != 0 {
         return redo(e, op);
     }
-    let from = locate::<16, false>(e, address);
-    if from.is_null() {
-        return redo(e, op);
-    }
-    *xmm(e, (*op).r1) = from.cast::<u128>().read_unaligned();
+    let from = find!(__m128i, false, e, op, address);
+    set_value(e, (*op).r1, _mm_loadu_si128(from));
     next!(e, op)
 }
 
@@ -47,11 +62,8 @@ unsafe fn store16<const ALIGNED: bool>(e: &mut Engine, op: *const Op) -> *mut Bl
     if !is_enabled(e) || ALIGNED && address & 15 != 0 {
         return redo(e, op);
     }
-    let to = locate::<16, true>(e, address);
-    if to.is_null() {
-        return redo(e, op);
-    }
-    to.cast::<u128>().write_unaligned(*xmm(e, (*op).r2));
+    let to = find!(__m128i, true, e, op, address);
+    _mm_storeu_si128(to, value(e, (*op).r2));
     next!(e, op)
 }
 
@@ -66,51 +78,41 @@ pub(in super::super) fn store(is_aligned: bool) -> Handler {
 }
 
 /// 4 or 8 bytes from memory; the rest of the register is cleared.
-unsafe fn load_part<const SIZE: usize>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let from = locate::<SIZE, false>(e, Indexed::of(e, op));
-    if from.is_null() || !is_enabled(e) {
+unsafe fn load_part<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) {
         return redo(e, op);
     }
-    let value =
-        if SIZE == 4 { from.cast::<u32>().read_unaligned().into() } else { from.cast::<u64>().read_unaligned() };
-    *xmm(e, (*op).r1) = value.into();
+    let from = find!(T, false, e, op, Indexed::of(e, op));
+    set_value(e, (*op).r1, _mm_cvtsi64_si128(from.read_unaligned().zx().cast_signed()));
     next!(e, op)
 }
 
 /// 4 or 8 bytes to memory.
-unsafe fn store_part<const SIZE: usize>(e: &mut Engine, op: *const Op) -> *mut Block {
+unsafe fn store_part<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
     if !is_enabled(e) {
         return redo(e, op);
     }
-    let to = locate::<SIZE, true>(e, Indexed::of(e, op));
-    if to.is_null() {
-        return redo(e, op);
-    }
-    let value = *xmm(e, (*op).r2);
-    if SIZE == 4 {
-        to.cast::<u32>().write_unaligned(value as u32)
-    } else {
-        to.cast::<u64>().write_unaligned(value as u64)
-    }
+    let to = find!(T, true, e, op, Indexed::of(e, op));
+    to.write_unaligned(T::cut(*xmm(e, (*op).r2) as u64));
     next!(e, op)
 }
 
 /// MOVSS, MOVSD, MOVD and MOVQ from memory.
 pub(in super::super) fn part_from_memory(size: usize) -> Handler {
-    if size == 4 { load_part::<4> } else { load_part::<8> }
+    if size == 4 { load_part::<u32> } else { load_part::<u64> }
 }
 
 /// The same to memory.
 pub(in super::super) fn part_to_memory(size: usize) -> Handler {
-    if size == 4 { store_part::<4> } else { store_part::<8> }
+    if size == 4 { store_part::<u32> } else { store_part::<u64> }
 }
 
 unsafe fn from_general<const SIZE: usize>(e: &mut Engine, op: *const Op) -> *mut Block {
     if !is_enabled(e) {
         return redo(e, op);
     }
-    let value = if SIZE == 4 { reg::<u32>(e, (*op).r2).into() } else { reg::<u64>(e, (*op).r2) };
-    *xmm(e, (*op).r1) = value.into();
+    let from = if SIZE == 4 { reg::<u32>(e, (*op).r2).into() } else { reg::<u64>(e, (*op).r2) };
+    set_value(e, (*op).r1, _mm_cvtsi64_si128(from.cast_signed()));
     next!(e, op)
 }
 
@@ -142,12 +144,13 @@ unsafe fn logic<const KIND: u8>(e: &mut Engine, op: *const Op) -> *mut Block {
     if !is_enabled(e) {
         return redo(e, op);
     }
-    let (to, from) = (xmm(e, (*op).r1), *xmm(e, (*op).r2));
-    match KIND {
-        0 => *to ^= from,
-        1 => *to |= from,
-        _ => *to &= from,
-    }
+    let (a, b) = (value(e, (*op).r1), value(e, (*op).r2));
+    let r = match KIND {
+        0 => _mm_xor_si128(a, b),
+        1 => _mm_or_si128(a, b),
+        _ => _mm_and_si128(a, b),
+    };
+    set_value(e, (*op).r1, r);
     next!(e, op)
 }
 
@@ -160,24 +163,120 @@ pub(in super::super) fn bitwise(kind: u8) -> Handler {
     }
 }
 
-/// An operation on two registers that needs nothing else: the immediate is its number in the block.
+/// An operation on two registers that needs no more than an immediate, in [`Op::disp`]. Its function is the block's
+/// whose number is [`Op::imm`].
 pub(in super::super) unsafe fn plain(e: &mut Engine, op: *const Op) -> *mut Block {
-    if !is_enabled(e) || !operate(e, op) {
+    if !is_enabled(e) {
         return redo(e, op);
     }
+    // Apart from the destination, and not among the locals: whose address is known elsewhere would keep the last call
+    // from being a jump.
+    let source = value(e, (*op).r2);
+    _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
+    e.vector_control.immediate = i64::from((*op).disp).cast_unsigned();
+    let block = &*e.block;
+    let function = *block.functions.get_unchecked((*op).imm as usize);
+    let to = xmm(e, (*op).r1);
+    function(to, &raw const e.vector_source, &raw mut e.vector_control);
     next!(e, op)
 }
 
-#[inline(never)]
-unsafe fn operate(e: &mut Engine, op: *const Op) -> bool {
+/// The same with 16 bytes of memory, which have to be aligned.
+pub(in super::super) unsafe fn plain_memory(e: &mut Engine, op: *const Op) -> *mut Block {
+    let address = Indexed::of(e, op);
+    if !is_enabled(e) || address & 15 != 0 {
+        return redo(e, op);
+    }
+    let from = find!(u128, false, e, op, address);
     let block = &*e.block;
-    let Some((function, to, from)) = block.vectors.get((*op).imm as usize).and_then(|call| call.plain()) else {
-        return false;
+    let function = *block.functions.get_unchecked((*op).imm as usize);
+    let to = xmm(e, (*op).r1);
+    function(to, from, &raw mut e.vector_control);
+    next!(e, op)
+}
+
+/// Where the source of a floating-point operation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum FloatSource {
+    /// A vector register.
+    Register,
+    /// A general register of so many bytes.
+    General(usize),
+    /// So many bytes of memory.
+    Memory(usize),
+}
+
+/// Calls a floating-point operation with its source in [`Engine::vector_source`].
+#[inline(always)]
+unsafe fn calculate<const FLAGS: bool>(e: &mut Engine, op: *const Op, source: __m128i) {
+    _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
+    let block = &*e.block;
+    let function = block.vectors.get_unchecked((*op).imm as usize).bare.unwrap_unchecked();
+    if FLAGS {
+        let first = value(e, (*op).r1);
+        _mm_storeu_si128((&raw mut e.vector_target).cast(), first);
+        function(&raw mut e.vector_target, &raw const e.vector_source, &raw mut e.vector_control);
+        e.flags = Lazy::from_flags(e.vector_target as u64);
+    } else {
+        let to = xmm(e, (*op).r1);
+        function(to, &raw const e.vector_source, &raw mut e.vector_control);
+    }
+}
+
+unsafe fn float_r<const FLAGS: bool>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) || !e.gathers_float_flags() {
+        return call(e, op);
+    }
+    let source = value(e, (*op).r2);
+    calculate::<FLAGS>(e, op, source);
+    next!(e, op)
+}
+
+unsafe fn float_general<T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) || !e.gathers_float_flags() {
+        return call(e, op);
+    }
+    let source = _mm_cvtsi64_si128(reg::<T>(e, (*op).r2).sx().cast_signed());
+    calculate::<false>(e, op, source);
+    next!(e, op)
+}
+
+unsafe fn float_m<T: Int, const FLAGS: bool>(e: &mut Engine, op: *const Op) -> *mut Block {
+    if !is_enabled(e) || !e.gathers_float_flags() {
+        return call(e, op);
+    }
+    let from = find!(T, false, e, op, Indexed::of(e, op));
+    calculate::<FLAGS>(e, op, _mm_cvtsi64_si128(from.read_unaligned().zx().cast_signed()));
+    next!(e, op)
+}
+
+unsafe fn float_m16(e: &mut Engine, op: *const Op) -> *mut Block {
+    let address = Indexed::of(e, op);
+    if !is_enabled(e) || !e.gathers_float_flags() || address & 15 != 0 {
+        return call(e, op);
+    }
+    let from = find!(__m128i, false, e, op, address);
+    calculate::<false>(e, op, _mm_loadu_si128(from));
+    next!(e, op)
+}
+
+/// The function for a floating-point operation with a bare function, whose call in the block has the number
+/// [`Op::imm`]; its first operand is r1, and a register that is its source r2.
+pub(in super::super) fn float(source: FloatSource, is_comparison: bool) -> Option<Handler> {
+    use FloatSource::{General, Memory, Register};
+    let handler: Handler = match (source, is_comparison) {
+        (Register, false) => float_r::<false>,
+        (Register, true) => float_r::<true>,
+        (General(4), false) => float_general::<u32>,
+        (General(8), false) => float_general::<u64>,
+        (Memory(4), false) => float_m::<u32, false>,
+        (Memory(4), true) => float_m::<u32, true>,
+        (Memory(8), false) => float_m::<u64, false>,
+        (Memory(8), true) => float_m::<u64, true>,
+        (Memory(16), false) => float_m16,
+        _ => return None,
     };
-    let mut control = Control { mxcsr: 0x1f80, saved: 0, immediate: 0, third: 0 };
-    let source = *xmm(e, from);
-    function(xmm(e, to), &raw const source, &raw mut control);
-    true
+    Some(handler)
 }
 
 /// Any other operation, with its memory operand of up to 16 bytes; #XM and the like are the slow executor's.
@@ -193,6 +292,7 @@ unsafe fn run(e: &mut Engine, op: *const Op) -> bool {
     use super::super::vector_call::{Destination, Source};
     let block = &*e.block;
     let Some(call) = block.vectors.get((*op).imm as usize) else { return false };
+    e.take_float_flags();
     let mut memory = [0; 2];
     if let Source::Memory { size, is_aligned, .. } = call.source {
         let address = Indexed::of(e, op);

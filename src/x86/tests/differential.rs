@@ -117,3 +117,43 @@ fn test_arbitrary_bytes_and_states_do_no_harm() {
         }
     }
 }
+
+/// A short instruction on two of four registers, of 4 or 8 bytes; now and then one that may stop a block.
+fn common_instruction(random: &mut Random) -> Vec<u8> {
+    let wide = 0x40 | (random.next() as u8 & 1) << 3;
+    let (a, b) = (random.below(4) as u8, random.below(4) as u8);
+    let both = 0xc0 | b << 3 | a;
+    let number = random.next() as u8;
+    match random.below(16) {
+        0..=3 => vec![wide, 0x89, both],
+        4..=6 => vec![wide, random.pick(&[0x01, 0x09, 0x11, 0x19, 0x21, 0x29, 0x31, 0x39, 0x85]), both],
+        7 => vec![wide, 0x83, 0xc0 | (number & 0x38) | a, random.next() as u8],
+        8 | 9 => vec![wide, 0xc1, 0xc0 | random.pick(&[0, 8, 0x20, 0x28, 0x38]) | a, number & 0x3f],
+        10 => vec![wide, 0xd3, 0xc0 | random.pick(&[0, 8, 0x20, 0x28, 0x38]) | a],
+        11 => vec![wide, 0x0f, random.pick(&[0xaf, 0xb6, 0xbf, 0x40 | number & 15, 0xa3, 0xbb]), both],
+        12 => vec![wide, 0xff, 0xc0 | (number & 8) | a],
+        13 => vec![wide, 0x8d, 0x44 | a << 3, (number & 0xc0) | b, number],
+        14 => vec![wide, random.pick(&[0x8b, 0x01, 0x03, 0x89]), 0x40 | a << 3 | 6, number],
+        _ => {
+            let rare = [
+                [0x0f, 0x94, 0xc0 | a],
+                [0x48, 0x0f, 0xc8 | a],
+                [0x90, 0x90, 0x98],
+                [0x90, 0x90, 0xf9],
+                [0x90, 0x90, 0x9c],
+            ];
+            random.pick(&rare).to_vec()
+        }
+    }
+}
+
+#[test]
+fn test_sequences_of_common_instructions_agree_with_the_slow_executor() {
+    let mut random = Random(0x3141_5926_5358_9793);
+    for _ in 0..rounds(5_000) {
+        let mut code: Vec<u8> = (0..14).flat_map(|_| common_instruction(&mut random)).collect();
+        // Over a HLT or not, by any condition.
+        code.extend([0x70 | random.below(16) as u8, 1, 0xf4, 0x90, 0xf4]);
+        check(&mut random, &code, 40);
+    }
+}

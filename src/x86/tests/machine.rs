@@ -99,6 +99,10 @@ impl Platform for Board {
         self.acknowledged.push(vector);
     }
 
+    fn pause(&mut self, _now: u64) -> Reply {
+        if self.leave { Reply::Leave } else { Reply::Done }
+    }
+
     fn task_priority(&mut self) -> u8 {
         self.priority
     }

@@ -12,6 +12,7 @@ mod machine;
 mod native;
 mod random;
 mod system;
+mod translation;
 mod vectors;
 
 use super::{Bus, BusError, MAX_LENGTH};

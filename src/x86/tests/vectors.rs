@@ -25,12 +25,12 @@ fn call(code: &[u8]) -> VectorCall {
 fn test_vector_call_has_the_operands_of_its_instruction() {
     let paddd = call(&[0x66, 0x0f, 0xfe, 0xd1]);
     assert_eq!((paddd.destination, paddd.source), (Destination::Register(2), Source::Register(1)));
-    let (function, to, from) = paddd.plain().unwrap();
+    let (function, to, immediate) = paddd.plain().unwrap();
     let (mut a, b) = (5u128, 7u128);
     let mut control = crate::x86::Control { mxcsr: 0x1f80, saved: 0, immediate: 0, third: 0 };
     // SAFETY: the references are valid, MXCSR masks all exceptions, every host has PADDD.
     unsafe { function(&raw mut a, &raw const b, &raw mut control) };
-    assert_eq!((a, to, from), (12, 2, 1));
+    assert_eq!((a, to, immediate), (12, 2, 0));
     let addps = call(&[0x0f, 0x58, 0x00]);
     assert_eq!(addps.source, Source::Memory { size: 16, is_aligned: true, is_signed: false });
     assert!(addps.plain().is_none());

@@ -1,0 +1,148 @@
+//! What the builder of a block knows of its operations beyond what they execute, and what it makes of that: operations
+//! whose flags nobody reads compute none, and a copy between registers is joined with the operation that changes it.
+
+use super::block::{Handler, LONGEST, Op};
+
+/// What an operation reads and leaves. The default holds for all: it may stop, so that all before it must be done.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Note {
+    /// A function that does the same without flags.
+    pub quiet: Option<Handler>,
+    /// It sets all arithmetic flags.
+    pub sets_flags: bool,
+    /// It only works on general registers and can't stop.
+    pub is_pure: bool,
+    /// A pure operation's look at flags.
+    pub reads_flags: bool,
+    /// General registers that a pure operation reads, a bit for each.
+    pub reads: u32,
+    /// Those that it writes.
+    pub writes: u32,
+    /// A pure operation that copies r2 to r1, of so many bytes.
+    pub copies: Option<usize>,
+    /// A function, and one without flags, for the operation of so many bytes with its first operand in `base` instead
+    /// of r1.
+    pub apart: Option<(usize, Handler, Handler)>,
+}
+
+/// The bit of the register that a byte offset lies in.
+pub(super) fn bit(offset: u8) -> u32 {
+    1 << (offset / 8)
+}
+
+impl Note {
+    /// A pure operation that reads and writes these registers.
+    pub fn pure(reads: u32, writes: u32) -> Self {
+        Self { is_pure: true, reads, writes, ..Self::default() }
+    }
+}
+
+/// The operations of a block in the making. They are written where they stay: a copy of what has just been written piece
+/// by piece makes the host's CPU wait.
+pub(super) struct Ops {
+    list: Vec<Op>,
+    /// Those of [`Ops::list`], and of the operation to come.
+    notes: Box<[Note; MOST]>,
+}
+
+/// More operations than a block ever has.
+const MOST: usize = LONGEST + 4;
+/// So many operations may stand between a copy and the one that it is joined with.
+const REACH: usize = 6;
+
+impl Default for Ops {
+    fn default() -> Self {
+        Self { list: Vec::with_capacity(MOST), notes: Box::new([Note::default(); MOST]) }
+    }
+}
+
+impl Ops {
+    pub fn clear(&mut self) {
+        self.list.clear();
+    }
+
+    pub fn as_slice(&self) -> &[Op] {
+        &self.list
+    }
+
+    /// Says what is known of the operation to come.
+    #[inline(always)]
+    pub fn note(&mut self, note: Note) {
+        self.notes[self.list.len()] = note;
+    }
+
+    /// Says that nothing is known of it. Field by field: a whole default would be put together elsewhere first.
+    #[inline(always)]
+    pub fn nothing_known(&mut self) {
+        let note = &mut self.notes[self.list.len()];
+        (note.quiet, note.copies, note.apart) = (None, None, None);
+        (note.sets_flags, note.is_pure, note.reads_flags) = (false, false, false);
+        (note.reads, note.writes) = (0, 0);
+    }
+
+    #[inline(always)]
+    pub fn push(&mut self, op: Op) {
+        self.list.push(op);
+    }
+
+    /// Takes the last operation away.
+    pub fn pop(&mut self) -> Option<Op> {
+        self.list.pop()
+    }
+
+    /// Joins the last operation with the copy that has made its first operand, if there is one. True if it did.
+    #[inline]
+    pub fn join(&mut self) -> bool {
+        match self.list.len().checked_sub(1) {
+            Some(last) if self.notes[last].apart.is_some() => self.join_at(last),
+            _ => false,
+        }
+    }
+
+    fn join_at(&mut self, last: usize) -> bool {
+        let Some((size, loud, quiet)) = self.notes[last].apart else { return false };
+        let Some(at) = self.find_copy(last, size) else { return false };
+        let copied = self.list[at].r2;
+        let (op, note) = (&mut self.list[last], &mut self.notes[last]);
+        (op.run, note.quiet) = (loud, Some(quiet));
+        op.base = copied;
+        // The second operand is what the copy would have made.
+        if op.r2 == op.r1 {
+            op.r2 = copied;
+        }
+        note.reads |= bit(copied);
+        self.list.remove(at);
+        self.notes.copy_within(at + 1..=last, at);
+        true
+    }
+
+    /// The copy to the last operation's first register that may as well happen then: nobody has looked at it, nor changed what it copies.
+    fn find_copy(&self, last: usize, size: usize) -> Option<usize> {
+        let register = self.list[last].r1;
+        let (mut reads, mut writes) = (0, 0);
+        for at in (last.saturating_sub(REACH)..last).rev() {
+            let (op, note) = (&self.list[at], &self.notes[at]);
+            if !note.is_pure {
+                return None;
+            }
+            if note.copies == Some(size) && op.r1 == register {
+                let is_free = (reads | writes) & bit(register) == 0 && writes & bit(op.r2) == 0 && op.r2 != register;
+                return is_free.then_some(at);
+            }
+            reads |= note.reads;
+            writes |= note.writes;
+        }
+        None
+    }
+
+    /// Lets operations compute no flags that are overwritten before anybody may look.
+    pub fn drop_dead_flags(&mut self) {
+        let mut is_read = true;
+        for (op, note) in self.list.iter_mut().zip(self.notes.iter()).rev() {
+            if let Some(quiet) = note.quiet.filter(|_| !is_read) {
+                op.run = quiet;
+            }
+            is_read = !note.is_pure || note.reads_flags || is_read && !note.sets_flags;
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Operations for arithmetic, shifts and bits, with what is known of them.
+
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::super::block::{Handler, Op};
+use super::super::engine::ZERO;
+use super::super::notes::{Note, bit as of};
+use super::super::ops::alu::{self, Form, Joined};
+use super::super::ops::{bit, multiply, shift};
+use super::{Builder, immediate, offset, register_operand, with_memory};
+use crate::registers::RCX;
+
+impl Builder<'_> {
+    pub(super) fn arithmetic(&mut self, i: &Instruction) -> Option<()> {
+        use Mnemonic as M;
+        let choose: Arithmetic = match i.mnemonic() {
+            M::Add => variants::<alu::Add>(),
+            M::Adc => variants::<alu::Adc>(),
+            M::Sub => variants::<alu::Sub>(),
+            M::Sbb => variants::<alu::Sbb>(),
+            M::Cmp => Arithmetic { all: alu::alu::<alu::Cmp>, others: None },
+            M::And => variants::<alu::And>(),
+            M::Or => variants::<alu::Or>(),
+            M::Xor => variants::<alu::Xor>(),
+            M::Test => Arithmetic { all: alu::alu::<alu::Test>, others: None },
+            M::Inc => return self.unary(i, alu::unary::<alu::Inc>, alu::unary_quiet::<alu::Inc>, Some(Joined::Inc)),
+            M::Dec => return self.unary(i, alu::unary::<alu::Dec>, alu::unary_quiet::<alu::Dec>, Some(Joined::Dec)),
+            M::Neg => return self.unary(i, alu::unary::<alu::Neg>, alu::unary_quiet::<alu::Neg>, None),
+            M::Not => return self.unary(i, alu::unary::<alu::Invert>, |_| None, None),
+            _ => return None,
+        };
+        let (op, form, size) = self.two_operands(i, choose.all)?;
+        let is_indexed = op.index != offset(ZERO);
+        let reads = of(op.r1) | if form == Form::RegisterRegister { of(op.r2) } else { 0 };
+        let writes = if choose.others.is_some() { of(op.r1) } else { 0 };
+        self.ops.note(Note {
+            quiet: choose.others.and_then(|(quiet, _)| quiet(form, size, is_indexed)),
+            apart: choose.others.and_then(|(_, apart)| apart(form, size)),
+            sets_flags: true,
+            reads_flags: matches!(i.mnemonic(), M::Adc | M::Sbb),
+            is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
+            ..Note::pure(reads, writes)
+        });
+        self.before = match (i.mnemonic(), form) {
+            (M::Cmp, Form::RegisterRegister) => Some(Joined::CmpRegister),
+            (M::Cmp, Form::RegisterImmediate) => Some(Joined::CmpImmediate),
+            (M::Test, Form::RegisterRegister) => Some(Joined::TestRegister),
+            (M::Test, Form::RegisterImmediate) => Some(Joined::TestImmediate),
+            (M::Sub, Form::RegisterImmediate) => Some(Joined::SubImmediate),
+            (M::Add, Form::RegisterImmediate) => Some(Joined::AddImmediate),
+            _ => None,
+        }
+        .map(|joined| (joined, size));
+        self.place(op)
+    }
+
+    fn unary(
+        &mut self,
+        i: &Instruction,
+        choose: fn(bool, usize) -> Handler,
+        quiet: fn(usize) -> Option<Handler>,
+        joined: Option<Joined>,
+    ) -> Option<()> {
+        if let Some((r1, size)) = register_operand(i, 0) {
+            self.before = joined.map(|joined| (joined, size));
+            self.ops.note(Note {
+                quiet: quiet(size),
+                sets_flags: i.mnemonic() == Mnemonic::Neg,
+                ..Note::pure(of(r1), of(r1))
+            });
+            return self.place(Op { r1, ..self.op(choose(false, size)) });
+        }
+        self.place(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
+    }
+
+    pub(super) fn shifted(&mut self, i: &Instruction) -> Option<()> {
+        use Mnemonic as M;
+        let (r1, size) = register_operand(i, 0)?;
+        let choose: Shifting = match i.mnemonic() {
+            M::Shl | M::Sal => shifting::<shift::Shl>(),
+            M::Shr => shifting::<shift::Shr>(),
+            M::Sar => shifting::<shift::Sar>(),
+            M::Rol => shifting::<shift::Rol>(),
+            M::Ror => shifting::<shift::Ror>(),
+            M::Shlx => return self.shift_without_flags(i, 0),
+            M::Shrx => return self.shift_without_flags(i, 1),
+            M::Sarx => return self.shift_without_flags(i, 2),
+            M::Rorx => {
+                let (r2, _) = register_operand(i, 1)?;
+                self.ops.note(Note::pure(of(r2), of(r1)));
+                return self.place(Op {
+                    r1,
+                    r2,
+                    imm: i.immediate8().into(),
+                    ..self.op(shift::rotate_without_flags(size))
+                });
+            }
+            _ => return None,
+        };
+        if i.op_kind(1) == OpKind::Register {
+            let note = Note::pure(of(r1) | 1 << RCX, of(r1));
+            self.ops.note(Note { quiet: (choose.by_cl_quiet)(size), ..note });
+            return self.place(Op { r1, ..self.op((choose.by_cl)(size)?) });
+        }
+        let count = i.immediate8() & if size == 8 { 63 } else { 31 };
+        if count == 0 || usize::from(count) >= 8 * size {
+            return None;
+        }
+        let variants = (choose.variants)(size);
+        self.ops.note(Note {
+            quiet: variants.map(|(quiet, ..)| quiet),
+            apart: variants.map(|(_, apart, quiet)| (size, apart, quiet)),
+            sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
+            ..Note::pure(of(r1), of(r1))
+        });
+        self.place(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
+    }
+
+    fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<()> {
+        let ((r1, size), (r2, _), (base, _)) =
+            (register_operand(i, 0)?, register_operand(i, 1)?, register_operand(i, 2)?);
+        self.ops.note(Note::pure(of(r2) | of(base), of(r1)));
+        self.place(Op { r1, r2, base, ..self.op(shift::without_flags(kind, size)) })
+    }
+
+    /// Multiplication, division, and operations on bits.
+    pub(super) fn counted(&mut self, i: &Instruction) -> Option<()> {
+        use Mnemonic as M;
+        let mut one = |run: Option<Handler>| self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(run?) });
+        let size = register_operand(i, 0).map_or(0, |(_, size)| size);
+        match i.mnemonic() {
+            M::Imul if i.op_count() == 1 => one(multiply::product(size, true)),
+            M::Mul => one(multiply::product(size, false)),
+            M::Div => one(multiply::division(size, false)),
+            M::Idiv => one(multiply::division(size, true)),
+            M::Imul => self.truncated(i, size),
+            M::Bswap => {
+                let (r1, _) = register_operand(i, 0)?;
+                self.ops.note(Note::pure(of(r1), of(r1)));
+                self.place(Op { r1, ..self.op(bit::swap(size)?) })
+            }
+            M::Bt => self.bit_test(i, 0, size),
+            M::Bts => self.bit_test(i, 1, size),
+            M::Btr => self.bit_test(i, 2, size),
+            M::Btc => self.bit_test(i, 3, size),
+            M::Bsf => self.bit_count(i, 0, size),
+            M::Bsr => self.bit_count(i, 1, size),
+            M::Tzcnt => self.bit_count(i, 2, size),
+            M::Lzcnt => self.bit_count(i, 3, size),
+            M::Popcnt => self.bit_count(i, 4, size),
+            M::Andn => {
+                let ((r1, size), (base, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
+                let (r2, _) = register_operand(i, 2)?;
+                self.ops.note(Note { sets_flags: true, ..Note::pure(of(base) | of(r2), of(r1)) });
+                self.place(Op { r1, base, r2, ..self.op(bit::and_not(size)) })
+            }
+            _ => None,
+        }
+    }
+
+    fn truncated(&mut self, i: &Instruction, size: usize) -> Option<()> {
+        let (r1, _) = register_operand(i, 0)?;
+        let note = |reads, form| Note {
+            quiet: multiply::truncated_quiet(size, form),
+            sets_flags: true,
+            ..Note::pure(reads, of(r1))
+        };
+        if i.op_count() == 3 {
+            let (r2, _) = register_operand(i, 1)?;
+            self.ops.note(note(of(r2), 1));
+            return self.place(Op { r1, r2, imm: immediate(i, 2)?, ..self.op(multiply::truncated(size, 1)?) });
+        }
+        if let Some((r2, _)) = register_operand(i, 1) {
+            self.ops.note(note(of(r1) | of(r2), 0));
+            return self.place(Op { r1, r2, ..self.op(multiply::truncated(size, 0)?) });
+        }
+        self.place(with_memory(Op { r1, ..self.op(multiply::truncated(size, 2)?) }, self.memory(i)?))
+    }
+
+    fn bit_test(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<()> {
+        let (r1, _) = register_operand(i, 0)?;
+        let second = register_operand(i, 1).map_or(0, |(r2, _)| of(r2));
+        self.ops.note(Note::pure(of(r1) | second, if kind == 0 { 0 } else { of(r1) }));
+        if let Some((r2, _)) = register_operand(i, 1) {
+            return self.place(Op { r1, r2, ..self.op(bit::bit_test(kind, size, false)?) });
+        }
+        self.place(Op { r1, imm: i.immediate8().into(), ..self.op(bit::bit_test(kind, size, true)?) })
+    }
+
+    fn bit_count(&mut self, i: &Instruction, kind: u8, size: usize) -> Option<()> {
+        let ((r1, _), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
+        // BSF and BSR may leave their destination as it is.
+        self.ops.note(Note::pure(of(r1) | of(r2), of(r1)));
+        self.place(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
+    }
+}
+
+/// The functions for an arithmetic instruction: by form, size and whether there is an index; the same without flags,
+/// and with the first operand apart.
+#[derive(Clone, Copy)]
+struct Arithmetic {
+    all: fn(Form, usize, bool) -> Handler,
+    others: Option<(Quiet, Apart)>,
+}
+
+type Quiet = fn(Form, usize, bool) -> Option<Handler>;
+
+type Apart = fn(Form, usize) -> Option<(usize, Handler, Handler)>;
+
+fn variants<O: alu::Alu>() -> Arithmetic {
+    Arithmetic { all: alu::alu::<O>, others: Some((alu::quiet::<O>, alu::apart::<O>)) }
+}
+
+/// The functions for a shift, by size.
+struct Shifting {
+    by_immediate: fn(usize) -> Handler,
+    variants: fn(usize) -> Option<(Handler, Handler, Handler)>,
+    by_cl: fn(usize) -> Option<Handler>,
+    by_cl_quiet: fn(usize) -> Option<Handler>,
+}
+
+fn shifting<S: shift::Shift>() -> Shifting {
+    Shifting {
+        by_immediate: shift::immediate::<S>,
+        variants: shift::variants::<S>,
+        by_cl: shift::variable::<S>,
+        by_cl_quiet: shift::variable_quiet::<S>,
+    }
+}
