@@ -116,7 +116,7 @@ impl GdbTarget {
     /// Says what a policy raised, and keeps it for the front end.
     pub(super) fn failed(&mut self, failure: Failure) {
         self.say(&failure.text);
-        self.keep(failure);
+        self.keep(failure, None);
     }
 
     /// Looks at the threads anew: the one that the stop is about first.
@@ -174,13 +174,7 @@ impl GdbTarget {
                     Some(stop) if stop.vcpu == vcpu => format!("stopped: {}", stop.reason.name()),
                     _ => halted().to_owned(),
                 };
-                ThreadInfo {
-                    id: vcpu + 1,
-                    name: format!("vCPU {vcpu}"),
-                    extra: format!("vCPU {vcpu} ({state})"),
-                    vcpu,
-                    saved: Vec::new(),
-                }
+                ThreadInfo { id: vcpu + 1, name: format!("vCPU {vcpu}"), extra: state, vcpu, saved: Vec::new() }
             })
             .collect()
     }
@@ -196,9 +190,9 @@ impl GdbTarget {
     }
 
     /// Keeps what a policy raised for the front end.
-    pub(super) fn keep(&self, failure: Failure) {
+    pub(super) fn keep(&self, failure: Failure, stop: Option<u64>) {
         if let Some(policy) = &self.policy {
-            policy.keep(failure);
+            policy.keep(failure, stop);
         }
     }
 
