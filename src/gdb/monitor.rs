@@ -105,7 +105,7 @@ fn execute(target: &mut GdbTarget, line: &str) -> Output {
             Ok(text) => Ok(with_newline(text)),
             Err(failure) => {
                 let text = failure.text.clone();
-                target.keep(failure, None);
+                target.keep(failure);
                 Err(text)
             }
         };

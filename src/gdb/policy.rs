@@ -85,11 +85,17 @@ pub trait Policy: Send + Sync {
     /// Once for each stop of the world that comes while a client controls the guest.
     fn on_stop(&self, stop: &Stop) -> Answer<Decision>;
     /// A client sets a breakpoint that is not there yet. A failure refuses it, so that the guest stays stopped.
-    fn on_insert(&self, request: &Request) -> Answer<Wish>;
+    fn on_insert(&self, _request: &Request) -> Answer<Wish> {
+        None
+    }
     /// A client's breakpoint is gone: the guest is about to run without it, or the client is.
-    fn on_remove(&self, request: &Request) -> Answer<()>;
+    fn on_remove(&self, _request: &Request) -> Answer<()> {
+        None
+    }
     /// The text of what a callback of this front end failed with; `None`: it is another's.
-    fn describe(&self, error: &Arc<dyn Any + Send + Sync>) -> Option<String>;
+    fn describe(&self, _error: &Arc<dyn Any + Send + Sync>) -> Option<String> {
+        None
+    }
     /// The threads that the client sees.
     fn threads(&self) -> Answer<Vec<ThreadInfo>>;
     /// A client has attached.
@@ -108,7 +114,10 @@ pub trait Policy: Send + Sync {
     fn compile(&self, text: &str) -> Result<Program, String>;
     /// Makes a fresh VM of the same configuration, stopped at its entry; with `arguments`, those of the application.
     fn restart(&self, arguments: Option<Vec<String>>) -> Result<Arc<Machine>, Failure>;
-    /// Keeps a failure for the front end's next call. `stop` is the number of the stop that it made, if it did: the front
-    /// end may have seen that.
-    fn keep(&self, failure: Failure, stop: Option<u64>);
+    /// Keeps a failure for the front end's next call.
+    fn keep(&self, failure: Failure);
+    /// Keeps what a callback failed with; the front end may see it in the stop of that number, too.
+    fn keep_of_stop(&self, failure: Failure, _stop: u64) {
+        self.keep(failure);
+    }
 }

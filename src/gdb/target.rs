@@ -116,7 +116,7 @@ impl GdbTarget {
     /// Says what a policy raised, and keeps it for the front end.
     pub(super) fn failed(&mut self, failure: Failure) {
         self.say(&failure.text);
-        self.keep(failure, None);
+        self.keep(failure);
     }
 
     /// Looks at the threads anew: the one that the stop is about first.
@@ -190,9 +190,9 @@ impl GdbTarget {
     }
 
     /// Keeps what a policy raised for the front end.
-    pub(super) fn keep(&self, failure: Failure, stop: Option<u64>) {
+    pub(super) fn keep(&self, failure: Failure) {
         if let Some(policy) = &self.policy {
-            policy.keep(failure, stop);
+            policy.keep(failure);
         }
     }
 

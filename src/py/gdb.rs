@@ -60,6 +60,13 @@ impl PyPolicy {
         self.with(|_, object| f(object))
     }
 
+    fn keep_raised(&self, failure: &Failure, stop: Option<u64>) {
+        if let Some(raised) = failure.error.downcast_ref::<Raised>() {
+            let copy = Python::attach(|py| raised.0.clone_ref(py));
+            lock(&self.failures).push((copy, stop));
+        }
+    }
+
     /// The text of a failure alone, for what the client asked itself.
     fn answer<T>(&self, f: impl FnOnce(Python<'_>, &Bound<'_, PyAny>) -> PyResult<T>) -> Result<T, String> {
         match self.with(f) {
@@ -201,11 +208,12 @@ impl Policy for PyPolicy {
         })
     }
 
-    fn keep(&self, failure: Failure, stop: Option<u64>) {
-        if let Some(raised) = failure.error.downcast_ref::<Raised>() {
-            let copy = Python::attach(|py| raised.0.clone_ref(py));
-            lock(&self.failures).push((copy, stop));
-        }
+    fn keep(&self, failure: Failure) {
+        self.keep_raised(&failure, None);
+    }
+
+    fn keep_of_stop(&self, failure: Failure, stop: u64) {
+        self.keep_raised(&failure, Some(stop));
     }
 }
 

@@ -99,7 +99,9 @@ impl GdbTarget {
                 let text = self.policy().and_then(|policy| policy.describe(error));
                 let text = text.unwrap_or_else(|| "an exception".into());
                 self.say(&format!("uhyve: the callback of breakpoint {} has raised {text}", breakpoint.id));
-                self.keep(Failure { text, error: error.clone() }, Some(stop.number));
+                if let Some(policy) = self.policy() {
+                    policy.keep_of_stop(Failure { text, error: error.clone() }, stop.number);
+                }
                 signal(Signal::SIGTRAP)
             }
         }
