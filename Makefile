@@ -55,6 +55,7 @@ lint: dev ## formats, clippy, ruff, mypy, stubtest
 bench: dev ## what an exit, a hit and the core's parts cost
 	cargo bench --quiet
 	$(BIN)/python benches/hits.py
+	$(BIN)/python benches/gdb.py
 
 box: dev ## the Python tests on a full KVM, in tools/kvmbox
 	tools/kvmbox -- $(CURDIR)/$(BIN)/python -m pytest -m 'not box' -p no:cacheprovider
