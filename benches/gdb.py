@@ -269,7 +269,7 @@ def against_upstream(bench: Bench) -> None:
     # In packets of the size that each says it takes.
     pieces = 20 if bench.quick else 100
     ours_rate = ours(lambda port: memory(port, code, 16 << 10, pieces))
-    their_rate = theirs(lambda port: memory(port, code, 1920, pieces))
+    their_rate = theirs(lambda port: memory(port, code, 1024, pieces))
     print(f"     memory: {ours_rate / 1e6:.1f} MB/s, the original {their_rate / 1e6:.2f} MB/s")
     bench.bar("memory reads: ours / the original's", ours_rate / their_rate, 20, "x", True)
     ours_hit, their_hit = pair(lambda port: host_side(port, image, count, "hbreak"))
