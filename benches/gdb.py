@@ -109,12 +109,15 @@ def memory(port: int, address: int, size: int, count: int) -> float:
         packet, start = frame(b"m%x,%x" % (address, size)), time.monotonic()
         for _ in range(count):
             client.send_raw(packet)
-            left = 2 * size + len("$#00")
-            while left > 0:
+            # The original's has run lengths: what the end is, the frame says.
+            reply = b""
+            while reply[-3:-2] != b"#":
                 part = client.connection.recv(1 << 17)
                 if not part:
                     raise RuntimeError("the server has closed the connection")
-                left -= len(part)
+                reply += part
+            if reply.startswith(b"$E"):
+                raise RuntimeError(f"the server answers {reply!r}")
         return count * size / (time.monotonic() - start)
 
 
