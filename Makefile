@@ -57,6 +57,7 @@ bench: dev ## what an exit, a hit, the core's parts and the software CPU cost
 	$(BIN)/python benches/hits.py
 	$(BIN)/python benches/boot.py
 	$(BIN)/python benches/soft_cpu.py
+	$(BIN)/python benches/gdb.py
 
 box: dev ## the Python tests on a full KVM, in tools/kvmbox
 	tools/kvmbox -- $(CURDIR)/$(BIN)/python -m pytest -m 'not box' -p no:cacheprovider

@@ -158,6 +158,8 @@ class Machine:
         """All breakpoints, by number."""
     def instructions(self, vcpu: int) -> int | None:
         """How many instructions a vCPU has executed, where the back end counts them; while the world is stopped."""
+    def halted(self, vcpu: int) -> bool:
+        """Whether a vCPU waits for an interrupt in HLT; while the world is stopped."""
     def registers(self, vcpu: int) -> Registers:
         """A vCPU's registers, to be used while the world is stopped."""
     def memory(self, vcpu: int) -> Memory:
@@ -212,8 +214,8 @@ class GdbServer:
         """The client that is attached."""
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the guest has ended and no client is attached, or the server is closed. False: time is over."""
-    def take_failure(self) -> BaseException | None:
-        """The oldest exception that the policy has raised and nobody has seen."""
+    def take_failure(self) -> tuple[BaseException, int | None] | None:
+        """The oldest exception that nobody has seen, and the number of the stop that raises it too, if any."""
     def close(self) -> None:
         """Stops listening and drops the client."""
 

@@ -522,6 +522,10 @@ class Debugger:
         """Raises what a callback or a policy raised, once, and what has ended the machine meanwhile."""
         for server in self._servers:
             server._raise_failure()
+        self._raise_of_stop()
+
+    def _raise_of_stop(self) -> None:
+        """Raises what a callback raised that has made the current stop, once."""
         status = self._machine.status()
         stop = None if status is None else self._stop_of(status)
         if stop is not None and stop.number > self._reported:
@@ -631,6 +635,11 @@ class Vcpu:
     def symbol(self) -> str | None:
         """``"symbol+0x10"`` for ``pc``, if known."""
         return symbol_at(self._machine, self.pc)
+
+    @property
+    def halted(self) -> bool:
+        """Whether it waits for an interrupt, in HLT."""
+        return self._machine.halted(self._number)
 
     @property
     def instructions(self) -> int | None:

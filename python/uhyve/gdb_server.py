@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from uhyve import _core
-from uhyve.gdb_policy import Decision, GdbPolicy
+from uhyve.errors import VmStateError
+from uhyve.gdb_policy import Accept, BreakpointRequest, Decision, GdbPolicy, Refuse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,11 +14,20 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
+    from uhyve._core import Hit
     from uhyve.debugger import Debugger
+    from uhyve.gdb_policy import RequestKind
+
+    Wish = tuple[
+        str | None,
+        str | None,
+        tuple[str, bytes, list[int]] | None,
+        Callable[[Hit], object] | None,
+        int,
+        int | None,
+    ]
 
 __all__ = ["GdbServer"]
-
-_ASKED = ("on_stop", "threads", "on_attach", "on_detach", "on_disconnect", "monitor")
 
 
 class GdbServer:
@@ -29,9 +41,10 @@ class GdbServer:
         policy = GdbPolicy() if policy is None else policy
         if not isinstance(policy, GdbPolicy):
             raise TypeError(f"policy must be a GdbPolicy, not {policy!r}")
-        policy.debugger = debugger
+        policy._bind(debugger)
+        self._debugger = debugger
         self._policy = policy
-        self._core = _core.GdbServer(debugger._machine, address, Bridge(debugger, policy), _overridden(policy))
+        self._core = _core.GdbServer(debugger._machine, address, Bridge(debugger, policy), policy._asked())
 
     @property
     def address(self) -> str:
@@ -51,10 +64,13 @@ class GdbServer:
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the guest has ended and no client is attached, or the server is closed.
 
-        Returns False if ``timeout`` seconds are over before. Raises what the policy has raised meanwhile.
+        Returns False if ``timeout`` seconds are over before. Raises, once and the oldest first, what the policy or a
+        callback has raised meanwhile.
         """
         over = self._core.wait(timeout)
         self._raise_failure()
+        with contextlib.suppress(VmStateError):
+            self._debugger._raise_of_stop()
         return over
 
     def close(self) -> None:
@@ -74,15 +90,12 @@ class GdbServer:
         return f"<GdbServer at {self.address}: {'no client' if client is None else f'{client} is attached'}>"
 
     def _raise_failure(self) -> None:
-        failure = self._core.take_failure()
-        if failure is not None:
-            raise failure
-
-
-def _overridden(policy: GdbPolicy) -> set[str]:
-    kind = type(policy)
-    names = {name for name in _ASKED if getattr(kind, name) is not getattr(GdbPolicy, name) or name in vars(policy)}
-    return names | ({"monitor"} if policy._commands() else set())
+        while (failure := self._core.take_failure()) is not None:
+            error, stop = failure
+            # One that made a stop may have been raised for that.
+            if stop is None or stop != self._debugger._reported:
+                self._debugger._reported = stop or self._debugger._reported
+                raise error
 
 
 class Bridge:
@@ -97,12 +110,53 @@ class Bridge:
         stop = self._debugger._settled()
         return "report" if stop is None else _word(self._policy.on_stop(stop))
 
+    def on_insert(self, kind: RequestKind, address: int, size: int, conditional: bool) -> Wish:
+        """What becomes of a breakpoint that the client sets."""
+        return self._merged(self._policy._wishes(self._request(kind, address, size, conditional)))
+
+    def on_remove(self, kind: RequestKind, address: int, size: int, conditional: bool) -> None:
+        """A breakpoint of the client's is gone."""
+        self._policy.on_remove(self._request(kind, address, size, conditional))
+
+    def _request(self, kind: RequestKind, address: int, size: int, conditional: bool) -> BreakpointRequest:
+        return BreakpointRequest(kind, address, size, conditional, self._debugger.symbolize(address))
+
+    def _merged(self, wishes: list[Accept | Refuse]) -> Wish:
+        """Several wishes as one: all of them hold."""
+        from uhyve.debugger import _condition_parts
+
+        for wish in wishes:
+            if isinstance(wish, Refuse):
+                return wish.reason, None, None, None, 0, None
+        accepted = [wish for wish in wishes if isinstance(wish, Accept)]
+        texts = [wish.condition for wish in accepted if isinstance(wish.condition, str)]
+        text = " and ".join(f"({text})" for text in texts) if len(texts) > 1 else "".join(texts) or None
+        compiled, _ = _condition_parts(self._debugger._machine, text)
+        chosen = {wish.vcpu for wish in accepted if wish.vcpu is not None}
+        if len(chosen) > 1:
+            raise ValueError(f"a breakpoint is for one vCPU or for all, not for {sorted(chosen)}")
+        callables = [wish.condition for wish in accepted if callable(wish.condition)]
+        return (
+            None,
+            next((wish.name for wish in accepted if wish.name is not None), None),
+            compiled,
+            _all_of(callables),
+            max(wish.ignore for wish in accepted),
+            chosen.pop() if chosen else None,
+        )
+
     def threads(self) -> list[tuple[int, str, str, int, list[tuple[str, int]]]]:
         """The threads as tuples."""
-        return [
-            (thread.id, thread.name, thread.extra, thread.vcpu, list(thread.registers.items()))
-            for thread in self._policy.threads(self._debugger)
-        ]
+        threads = list(self._policy.threads(self._debugger))
+        cpus = len(self._debugger.vcpus)
+        if wrong := [thread for thread in threads if not 0 <= thread.vcpu < cpus]:
+            raise ValueError(f"{wrong[0]!r} is of a vCPU that there is not: the machine has {cpus}")
+        seen: set[int] = set()
+        for thread in threads:
+            if thread.id in seen:
+                raise ValueError(f"two threads have the id {thread.id}")
+            seen.add(thread.id)
+        return [(t.id, t.name, t.extra, t.vcpu, list(t.registers.items())) for t in threads]
 
     def on_attach(self, client: str) -> None:
         """A client has attached."""
@@ -142,6 +196,13 @@ class Bridge:
     def restart(self, arguments: list[str] | None) -> _core.Machine:
         """A fresh machine in the place of the debugger's."""
         return self._debugger._restart(arguments)
+
+
+def _all_of(callables: list[Callable[[Hit], object]]) -> Callable[[Hit], object] | None:
+    """A callable that is true where all are; asked in turn, until one is not."""
+    if len(callables) < 2:
+        return callables[0] if callables else None
+    return lambda hit: all(each(hit) for each in callables)
 
 
 def _word(decision: Decision | None) -> str:

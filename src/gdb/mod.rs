@@ -3,7 +3,7 @@
 //! wire, `stub` the state machine of gdbstub, `target` answers, `policy` is what a front end may decide.
 
 pub mod address;
-mod breakpoints;
+pub mod breakpoints;
 mod filter;
 mod host_files;
 mod monitor;

@@ -81,10 +81,14 @@ const COMMANDS: [Command; 12] = [
 impl MonitorCmd for GdbTarget {
     fn handle_monitor_cmd(&mut self, cmd: &[u8], mut out: ConsoleOutput<'_>) -> Result<(), Infallible> {
         let line = String::from_utf8_lossy(cmd).into_owned();
-        let text = match execute(self, line.trim()) {
-            Ok(text) => text,
-            Err(text) => format!("error: {text}\n"),
-        };
+        // What waits to be said since a stop, which is the only time that a client listens otherwise.
+        let mut text = std::mem::take(&mut self.messages);
+        match execute(self, line.trim()) {
+            Ok(answer) => text.push_str(&answer),
+            Err(error) => {
+                let _ = writeln!(text, "error: {error}");
+            }
+        }
         for piece in text.as_bytes().chunks(PIECE) {
             out.write_raw(piece);
             out.flush();
@@ -180,7 +184,8 @@ fn numbered<'t>(target: &GdbTarget, text: &'t str) -> Result<(Arc<Breakpoint>, &
 fn set_condition(target: &mut GdbTarget, text: &str) -> Output {
     let (breakpoint, text) = numbered(target, text)?;
     let condition = if text.is_empty() { Condition::default() } else { condition(target, text)? };
-    breakpoint.set_condition(condition);
+    // gdb's own stay: it may have asked for the breakpoint.
+    breakpoint.set_condition(Condition { agent: breakpoint.condition().agent, ..condition });
     Ok(match text {
         "" => format!("breakpoint {} stops always\n", breakpoint.id),
         text => format!("breakpoint {} stops if {text}\n", breakpoint.id),

@@ -4,6 +4,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use super::breakpoints::Key;
+use crate::debug::breakpoints::Predicate;
+use crate::debug::condition::Program;
 use crate::debug::stop::Stop;
 use crate::vm::Machine;
 
@@ -36,6 +39,32 @@ pub struct ThreadInfo {
     pub saved: Vec<(crate::registers::RegisterId, u64)>,
 }
 
+/// A breakpoint or watchpoint that a client sets or has taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// Its kind and place.
+    pub key: Key,
+    /// It came with a condition that the target evaluates.
+    pub is_conditional: bool,
+}
+
+/// How a policy wants a client's breakpoint: its conditions must hold beside the client's own.
+#[derive(Clone, Default)]
+pub struct Wish {
+    /// It is not to be, and why.
+    pub refusal: Option<String>,
+    /// A name for messages.
+    pub name: Option<String>,
+    /// The source and the program of a condition.
+    pub compiled: Option<(String, Arc<Program>)>,
+    /// A callback.
+    pub predicate: Option<Arc<dyn Predicate>>,
+    /// Hits to let pass before the conditions are asked.
+    pub ignore: u64,
+    /// Only this vCPU.
+    pub vcpu: Option<u32>,
+}
+
 /// A policy that failed: text for the client's console, and the front end's own error value.
 #[derive(Clone)]
 pub struct Failure {
@@ -55,6 +84,18 @@ pub trait Policy: Send + Sync {
     fn judges(&self) -> bool;
     /// Once for each stop of the world that comes while a client controls the guest.
     fn on_stop(&self, stop: &Stop) -> Answer<Decision>;
+    /// A client sets a breakpoint that is not there yet. A failure refuses it, so that the guest stays stopped.
+    fn on_insert(&self, _request: &Request) -> Answer<Wish> {
+        None
+    }
+    /// A client's breakpoint is gone: the guest is about to run without it, or the client is.
+    fn on_remove(&self, _request: &Request) -> Answer<()> {
+        None
+    }
+    /// The text of what a callback of this front end failed with; `None`: it is another's.
+    fn describe(&self, _error: &Arc<dyn Any + Send + Sync>) -> Option<String> {
+        None
+    }
     /// The threads that the client sees.
     fn threads(&self) -> Answer<Vec<ThreadInfo>>;
     /// A client has attached.
@@ -70,9 +111,13 @@ pub trait Policy: Send + Sync {
     /// Sets the named callable of the front end as a condition of a breakpoint; the error says which names there are.
     fn bind(&self, breakpoint: &Arc<crate::debug::breakpoints::Breakpoint>, name: &str) -> Result<(), String>;
     /// Compiles a condition's text for this VM.
-    fn compile(&self, text: &str) -> Result<crate::debug::condition::Program, String>;
+    fn compile(&self, text: &str) -> Result<Program, String>;
     /// Makes a fresh VM of the same configuration, stopped at its entry; with `arguments`, those of the application.
     fn restart(&self, arguments: Option<Vec<String>>) -> Result<Arc<Machine>, Failure>;
     /// Keeps a failure for the front end's next call.
     fn keep(&self, failure: Failure);
+    /// Keeps what a callback failed with; the front end may see it in the stop of that number, too.
+    fn keep_of_stop(&self, failure: Failure, _stop: u64) {
+        self.keep(failure);
+    }
 }

@@ -410,12 +410,13 @@ impl<'a> Session<'a> {
         let machine = self.target.machine.clone();
         let name = &self.client.name;
         let decision = match outcome {
-            Outcome::Detached => {
-                if let Some(Err(failure)) = self.policy.as_ref().and_then(|p| p.on_detach(name)) {
+            Outcome::Detached => match self.policy.as_ref().and_then(|p| p.on_detach(name)) {
+                Some(Err(failure)) => {
                     self.target.failed(failure);
+                    Decision::Report
                 }
-                Decision::Resume
-            }
+                _ => Decision::Resume,
+            },
             Outcome::Lost => match self.policy.as_ref().and_then(|p| p.on_disconnect(name)) {
                 Some(Ok(decision)) => decision,
                 Some(Err(failure)) => {
@@ -432,7 +433,7 @@ impl<'a> Session<'a> {
             self.stop_world();
         }
         machine.catch_hypercalls(None);
-        self.target.breakpoints.clear(&machine);
+        self.target.clear_breakpoints();
         machine.engine.gate_stops(false);
         machine.set_controller(None);
         match decision {

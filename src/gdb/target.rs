@@ -174,13 +174,7 @@ impl GdbTarget {
                     Some(stop) if stop.vcpu == vcpu => format!("stopped: {}", stop.reason.name()),
                     _ => halted().to_owned(),
                 };
-                ThreadInfo {
-                    id: vcpu + 1,
-                    name: format!("vCPU {vcpu}"),
-                    extra: format!("vCPU {vcpu} ({state})"),
-                    vcpu,
-                    saved: Vec::new(),
-                }
+                ThreadInfo { id: vcpu + 1, name: format!("vCPU {vcpu}"), extra: state, vcpu, saved: Vec::new() }
             })
             .collect()
     }

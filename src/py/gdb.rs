@@ -1,6 +1,7 @@
 //! The server for gdb as Python sees it, and a policy in Python as the server sees it. What the policy does not override
 //! never enters Python.
 
+use std::any::Any;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -10,11 +11,12 @@ use super::breakpoint::{CompiledParts, program};
 use super::callbacks::{Kept, PyPredicate, Raised};
 use super::errors::{detached, to_python};
 use super::machine::{Interrupted, PyMachine, deadline, thread_wrapper};
-use crate::debug::breakpoints::{Breakpoint, Condition};
+use crate::debug::breakpoints::{Breakpoint, Condition, Predicate};
 use crate::debug::condition::Program;
 use crate::debug::stop::Stop;
 use crate::gdb::address::Address;
-use crate::gdb::policy::{Answer, Decision, Failure, Policy, ThreadInfo};
+use crate::gdb::breakpoints::{Key, WatchKey};
+use crate::gdb::policy::{Answer, Decision, Failure, Policy, Request, ThreadInfo, Wish};
 use crate::gdb::server::Server;
 use crate::registers::RegisterId;
 use crate::vm::Machine;
@@ -25,12 +27,18 @@ struct PyPolicy {
     kept: Mutex<Arc<Kept>>,
     /// The methods that the user's policy has overridden.
     overridden: HashSet<String>,
-    failures: Arc<Mutex<Vec<PyErr>>>,
+    failures: Arc<Mutex<Vec<KeptFailure>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
+
+/// What was raised, and the number of the stop that raised it too, if there is one.
+type KeptFailure = (PyErr, Option<u64>);
+
+/// How Python wants a breakpoint: why not, name, compiled condition, callable, hits to ignore, vCPU.
+type WishParts = (Option<String>, Option<String>, Option<CompiledParts>, Option<Py<PyAny>>, u64, Option<u32>);
 
 /// A thread as Python gives it: number, name, what `info threads` adds, vCPU, registers that differ from the vCPU's.
 type ThreadParts = (u32, String, String, u32, Vec<(String, u64)>);
@@ -52,6 +60,13 @@ impl PyPolicy {
         self.with(|_, object| f(object))
     }
 
+    fn keep_raised(&self, failure: &Failure, stop: Option<u64>) {
+        if let Some(raised) = failure.error.downcast_ref::<Raised>() {
+            let copy = Python::attach(|py| raised.0.clone_ref(py));
+            lock(&self.failures).push((copy, stop));
+        }
+    }
+
     /// The text of a failure alone, for what the client asked itself.
     fn answer<T>(&self, f: impl FnOnce(Python<'_>, &Bound<'_, PyAny>) -> PyResult<T>) -> Result<T, String> {
         match self.with(f) {
@@ -66,8 +81,12 @@ fn failure(py: Python<'_>, error: PyErr) -> Failure {
     if let Some(traceback) = error.traceback(py) {
         let _ = error.value(py).setattr("__traceback__", traceback);
     }
+    Failure { text: text_of(py, &error), error: Arc::new(Raised(error)) }
+}
+
+fn text_of(py: Python<'_>, error: &PyErr) -> String {
     let name = error.get_type(py).name().map_or_else(|_| "an exception".to_owned(), |name| name.to_string());
-    Failure { text: format!("{name}: {}", error.value(py)), error: Arc::new(Raised(error)) }
+    format!("{name}: {}", error.value(py))
 }
 
 fn decision(word: &str) -> PyResult<Decision> {
@@ -88,6 +107,18 @@ fn thread((id, name, extra, vcpu, registers): ThreadParts) -> PyResult<ThreadInf
     Ok(ThreadInfo { id, name, extra, vcpu, saved: saved.collect::<PyResult<_>>()? })
 }
 
+/// A request as Python takes it: kind, address, size, whether it has a condition.
+fn request_parts(request: &Request) -> (&'static str, u64, u64, bool) {
+    let (kind, address, size) = match request.key {
+        Key::Software(address) => ("breakpoint", address, 1),
+        Key::Hardware(address) => ("hardware", address, 1),
+        Key::Watch(address, size, WatchKey::Write) => ("write", address, size),
+        Key::Watch(address, size, WatchKey::Read) => ("read", address, size),
+        Key::Watch(address, size, WatchKey::ReadWrite) => ("access", address, size),
+    };
+    (kind, address, size, request.is_conditional)
+}
+
 impl Policy for PyPolicy {
     fn judges(&self) -> bool {
         self.overridden.contains("on_stop")
@@ -95,6 +126,29 @@ impl Policy for PyPolicy {
 
     fn on_stop(&self, _stop: &Stop) -> Answer<Decision> {
         self.ask("on_stop", |object| decision(&object.call_method0("on_stop")?.extract::<String>()?))
+    }
+
+    fn on_insert(&self, request: &Request) -> Answer<Wish> {
+        self.ask("on_insert", |object| {
+            let parts: WishParts = object.call_method1("on_insert", request_parts(request))?.extract()?;
+            let (refusal, name, compiled, callable, ignore, vcpu) = parts;
+            let compiled = compiled.map(program).transpose().map_err(|error| to_python(object.py(), error))?;
+            let kept = lock(&self.kept).clone();
+            let predicate = callable.map(|callable| {
+                let predicate: Arc<dyn Predicate> = Arc::new(PyPredicate::new(kept.sibling(callable)));
+                predicate
+            });
+            Ok(Wish { refusal, name, compiled, predicate, ignore, vcpu })
+        })
+    }
+
+    fn on_remove(&self, request: &Request) -> Answer<()> {
+        self.ask("on_remove", |object| object.call_method1("on_remove", request_parts(request)).map(drop))
+    }
+
+    fn describe(&self, error: &Arc<dyn Any + Send + Sync>) -> Option<String> {
+        let raised = error.downcast_ref::<Raised>()?;
+        Some(Python::attach(|py| text_of(py, &raised.0)))
     }
 
     fn threads(&self) -> Answer<Vec<ThreadInfo>> {
@@ -132,8 +186,7 @@ impl Policy for PyPolicy {
         let kept = lock(&self.kept).clone();
         let callable = self.answer(|_, object| Ok(object.call_method1("callable", (name,))?.unbind()))?;
         let predicate = Arc::new(PyPredicate::new(kept.sibling(callable)));
-        let compiled = breakpoint.condition().compiled;
-        breakpoint.set_condition(Condition { compiled, predicate: Some(predicate), ..Condition::default() });
+        breakpoint.set_condition(Condition { predicate: Some(predicate), ..breakpoint.condition() });
         Ok(())
     }
 
@@ -150,16 +203,17 @@ impl Policy for PyPolicy {
             Ok(fresh.machine()?.clone())
         });
         restarted.unwrap_or_else(|| {
-            let error: Arc<dyn std::any::Any + Send + Sync> = Arc::new(());
+            let error: Arc<dyn Any + Send + Sync> = Arc::new(());
             Err(Failure { text: "the VM is closed".into(), error })
         })
     }
 
     fn keep(&self, failure: Failure) {
-        if let Some(raised) = failure.error.downcast_ref::<Raised>() {
-            let copy = Python::attach(|py| raised.0.clone_ref(py));
-            lock(&self.failures).push(copy);
-        }
+        self.keep_raised(&failure, None);
+    }
+
+    fn keep_of_stop(&self, failure: Failure, stop: u64) {
+        self.keep_raised(&failure, Some(stop));
     }
 }
 
@@ -167,7 +221,7 @@ impl Policy for PyPolicy {
 #[pyclass(name = "GdbServer", frozen, module = "uhyve._core")]
 pub struct PyGdbServer {
     server: Server,
-    failures: Arc<Mutex<Vec<PyErr>>>,
+    failures: Arc<Mutex<Vec<KeptFailure>>>,
 }
 
 #[pymethods]
@@ -213,10 +267,12 @@ impl PyGdbServer {
         })
     }
 
-    /// The oldest exception that the policy has raised and nobody has seen.
-    fn take_failure(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+    /// The oldest exception that the policy or a callback has raised and nobody has seen; and the number of the stop that
+    /// raises it too, if there is one.
+    fn take_failure(&self, py: Python<'_>) -> Option<(Py<PyAny>, Option<u64>)> {
         let mut failures = lock(&self.failures);
-        (!failures.is_empty()).then(|| failures.remove(0).into_value(py).into_any())
+        let (error, stop) = (!failures.is_empty()).then(|| failures.remove(0))?;
+        Some((error.into_value(py).into_any(), stop))
     }
 
     /// Stops listening and drops the client.

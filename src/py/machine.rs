@@ -420,6 +420,11 @@ impl PyMachine {
         detached(py, || machine.with_vcpu(vcpu, |context| Ok(context.cpu.instructions())))
     }
 
+    fn halted(&self, py: Python<'_>, vcpu: u32) -> PyResult<bool> {
+        let machine = self.machine()?.clone();
+        detached(py, || machine.with_vcpu(vcpu, |context| context.cpu.is_halted()))
+    }
+
     fn registers(&self, vcpu: u32) -> PyResult<PyRegisters> {
         Ok(PyRegisters::new(Reach::Stopped(self.machine()?.clone(), vcpu)))
     }

@@ -7,23 +7,69 @@ use gdbstub::target::ext::catch_syscalls::{CatchSyscalls, SyscallNumbers};
 use gdbstub::target::{TargetError, TargetResult};
 
 use super::{GdbTarget, refused};
-use crate::debug::breakpoints::Condition;
+use crate::error::Error;
 use crate::gdb::breakpoints::{Key, WatchKey};
+use crate::gdb::policy::{Request, Wish};
 
 impl GdbTarget {
     fn insert(&mut self, key: Key) -> TargetResult<bool, Self> {
-        let condition = Condition { agent: std::mem::take(&mut self.conditions), ..Condition::default() };
-        match self.breakpoints.insert(&self.machine, key, condition) {
-            Ok(()) => Ok(true),
-            Err(error) => {
-                self.say(&format!("uhyve: {error}"));
-                Err(refused(&error))
-            }
+        let agent = std::mem::take(&mut self.conditions);
+        match self.breakpoints.renew(&self.machine, key, &agent) {
+            Ok(true) => return Ok(true),
+            Ok(false) => {}
+            Err(error) => return self.refuse(&error),
         }
+        let request = Request { key, is_conditional: !agent.is_empty() };
+        let wish = match self.policy.as_ref().and_then(|policy| policy.on_insert(&request)) {
+            None => Wish::default(),
+            Some(Ok(wish)) => wish,
+            Some(Err(failure)) => {
+                self.failed(failure);
+                return Err(TargetError::Errno(super::EFAULT));
+            }
+        };
+        if let Some(reason) = &wish.refusal {
+            self.say(&format!("uhyve: the policy refuses a breakpoint: {reason}"));
+            return Err(TargetError::Errno(super::EFAULT));
+        }
+        match self.breakpoints.insert(&self.machine, key, agent, wish) {
+            Ok(()) => Ok(true),
+            Err(error) => self.refuse(&error),
+        }
+    }
+
+    fn refuse(&mut self, error: &Error) -> TargetResult<bool, Self> {
+        self.say(&format!("uhyve: {error}"));
+        Err(refused(error))
     }
 
     fn remove(&mut self, key: Key) -> TargetResult<bool, Self> {
         if self.breakpoints.remove(key) { Ok(true) } else { Err(TargetError::Errno(super::EINVAL)) }
+    }
+}
+
+impl GdbTarget {
+    /// Carries out what the client has taken away, and tells the policy. False: that failed.
+    pub(in crate::gdb) fn commit_breakpoints(&mut self, for_step: bool) -> bool {
+        let gone = self.breakpoints.commit(&self.machine, for_step);
+        self.tell_removed(&gone)
+    }
+
+    /// Takes all of the client's breakpoints away, and tells the policy.
+    pub(in crate::gdb) fn clear_breakpoints(&mut self) {
+        let gone = self.breakpoints.clear(&self.machine);
+        self.tell_removed(&gone);
+    }
+
+    fn tell_removed(&mut self, gone: &[Request]) -> bool {
+        let mut is_well = true;
+        for request in gone {
+            if let Some(Err(failure)) = self.policy.as_ref().and_then(|policy| policy.on_remove(request)) {
+                self.failed(failure);
+                is_well = false;
+            }
+        }
+        is_well
     }
 }
 

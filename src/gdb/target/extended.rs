@@ -64,7 +64,7 @@ impl GdbTarget {
             self.say("uhyve: this server has no way to make a fresh VM");
             return Err(TargetError::NonFatal);
         };
-        self.breakpoints.clear(&self.machine);
+        self.clear_breakpoints();
         match policy.restart(arguments.clone()) {
             Ok(machine) => {
                 self.replace_machine(machine);

@@ -15,6 +15,7 @@ use crate::debug::engine::Plan;
 use crate::debug::stop::{Stop, StopReason};
 use crate::error::{Error, Result};
 use crate::gdb::breakpoints::Key;
+use crate::gdb::policy::Failure;
 
 /// How a stop reads on the wire.
 pub type Reason = MultiThreadStopReason<u64>;
@@ -30,7 +31,11 @@ impl GdbTarget {
 
     /// Lets the guest run by these plans.
     pub(in crate::gdb) fn run(&mut self, plan: Vec<Plan>) -> Result<()> {
-        self.breakpoints.commit(&self.machine);
+        let is_step = plan.iter().all(|plan| matches!(plan, Plan::Step | Plan::Hold));
+        if !self.commit_breakpoints(is_step) {
+            self.last_plan = plan;
+            return Err(Error::VmState("the guest stays stopped: the policy has failed".into()));
+        }
         let result = self.machine.resume_chosen(|n| plan.get(n as usize).copied().unwrap_or(Plan::Run));
         self.last_plan = plan;
         result
@@ -90,8 +95,13 @@ impl GdbTarget {
                 self.say(&format!("uhyve: {crash}"));
                 signal(Signal::SIGSEGV)
             }
-            StopReason::Exception { breakpoint, .. } => {
-                self.say(&format!("uhyve: the callback of breakpoint {} has raised an exception", breakpoint.id));
+            StopReason::Exception { breakpoint, error } => {
+                let text = self.policy().and_then(|policy| policy.describe(error));
+                let text = text.unwrap_or_else(|| "an exception".into());
+                self.say(&format!("uhyve: the callback of breakpoint {} has raised {text}", breakpoint.id));
+                if let Some(policy) = self.policy() {
+                    policy.keep_of_stop(Failure { text, error: error.clone() }, stop.number);
+                }
                 signal(Signal::SIGTRAP)
             }
         }
