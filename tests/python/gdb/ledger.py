@@ -61,16 +61,19 @@ class Ledger:
         self.passed = {(place, vcpu): 0 for place in PLACES for vcpu in range(self.cpus)}
 
     def add(self, place: str, wants: Callable[[int, int], bool], *, enabled: bool = True) -> Interest:
-        """A breakpoint is set, at a stop or in the window that runs."""
+        """A breakpoint is set, at a stop."""
         interest = Interest(place, wants, enabled, {})
         self.interests.append(interest)
         self.change(interest, enabled)
         return interest
 
-    def change(self, interest: Interest, enabled: bool, vcpus: set[int] | None = None) -> None:
-        """It was enabled or disabled; for a client that did so for one vCPU's step, for that one alone."""
+    def change(
+        self, interest: Interest, enabled: bool, *, running: bool = False, vcpus: set[int] | None = None
+    ) -> None:
+        """It was enabled or disabled, at a stop or while the guest ran; for one vCPU's step, for that one alone."""
         interest.enabled = enabled
-        interest.changed.update(dict.fromkeys(range(self.cpus) if vcpus is None else vcpus, self.window))
+        window = self.window if running else self.window - 1
+        interest.changed.update(dict.fromkeys(range(self.cpus) if vcpus is None else vcpus, window))
 
     def numbers(self, place: str) -> dict[int, tuple[int, bool]]:
         """For each vCPU the passages behind it, and whether it stands at the place."""
