@@ -19,7 +19,8 @@ The language of conditions is described in ``uhyve.condition``; the command ``uh
 from __future__ import annotations
 
 from uhyve._core import Hit, Image, Memory, Registers, __version__
-from uhyve.debugger import Breakpoint, Debugger, Frame, Stop, Vcpu
+from uhyve.breakpoint import Breakpoint
+from uhyve.debugger import Debugger, Vcpu
 from uhyve.errors import (
     BreakpointError,
     ConditionError,
@@ -34,6 +35,7 @@ from uhyve.errors import (
     UhyveError,
     VmStateError,
 )
+from uhyve.stop import Frame, Stop
 from uhyve.vm import VcpuStats, Vm, VmResult, VmStats
 
 __all__ = [

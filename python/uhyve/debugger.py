@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import time
 
+from uhyve.breakpoint import Breakpoint, condition_parts, unsigned
 from uhyve.errors import BreakpointError, TimeoutExpired, VmStateError
-from uhyve.vm import Record, result_of, stats_of, text_of
+from uhyve.stop import Frame, Stop, symbol_at
+from uhyve.vm import result_of, stats_of, text_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
-    from typing import Any, Literal, Self, TypeAlias, overload
+    from typing import Any, Literal, Self, overload
 
     from uhyve import _core
-    from uhyve._core import Hit, Machine, Memory, Registers
+    from uhyve._core import Machine, Memory, Registers
+    from uhyve.breakpoint import Access, Condition
     from uhyve.errors import GuestCrashError
     from uhyve.gdb_policy import GdbPolicy
     from uhyve.gdb_server import GdbServer
     from uhyve.vm import Vm, VmResult, VmStats
-
-    Callback: TypeAlias = Callable[[Hit], object]
-    Condition: TypeAlias = str | Callback | None
-    Access: TypeAlias = Literal["write", "read", "access"]
-    StopReason: TypeAlias = Literal[
-        "entry", "breakpoint", "watchpoint", "step", "interrupt", "timeout", "exit", "crash", "exception"
-    ]
 else:
 
     def overload(function):
@@ -37,7 +32,7 @@ else:
         return function
 
 
-__all__ = ["Breakpoint", "Debugger", "Frame", "Stop", "Vcpu"]
+__all__ = ["Debugger", "Vcpu"]
 
 
 class Debugger:
@@ -228,15 +223,15 @@ class Debugger:
         """
         self._check()
         addresses, location = self._places("a breakpoint's address", where)
-        compiled, predicate = _condition_parts(self._machine, condition)
+        compiled, predicate = condition_parts(self._machine, condition)
         core = self._machine.add_breakpoint(
             addresses,
             location=location,
             compiled=compiled,
             predicate=predicate,
-            ignore=_unsigned("ignore", ignore),
+            ignore=unsigned("ignore", ignore),
             temporary=bool(temporary),
-            vcpu=None if vcpu is None else _unsigned("vcpu", vcpu, 32),
+            vcpu=None if vcpu is None else unsigned("vcpu", vcpu, 32),
             enabled=bool(enabled),
             name=name,
             hardware=bool(hardware),
@@ -275,17 +270,17 @@ class Debugger:
         addresses, location = self._places("a watchpoint's address", where)
         if len(addresses) > 1:
             raise BreakpointError(f"{location} has code at {len(addresses)} addresses; a watchpoint is for one place")
-        compiled, predicate = _condition_parts(self._machine, condition)
+        compiled, predicate = condition_parts(self._machine, condition)
         core = self._machine.add_watchpoint(
             addresses[0],
-            _unsigned("size", size),
+            unsigned("size", size),
             access,
             location=location,
             compiled=compiled,
             predicate=predicate,
-            ignore=_unsigned("ignore", ignore),
+            ignore=unsigned("ignore", ignore),
             temporary=bool(temporary),
-            vcpu=None if vcpu is None else _unsigned("vcpu", vcpu, 32),
+            vcpu=None if vcpu is None else unsigned("vcpu", vcpu, 32),
             enabled=bool(enabled),
             name=name,
         )
@@ -371,7 +366,7 @@ class Debugger:
         self._check()
         if limit < 1:
             raise ValueError(f"limit is {limit}; a backtrace has at least one frame")
-        chosen = self.stop.vcpu if vcpu is None else _unsigned("vcpu", vcpu, 32)
+        chosen = self.stop.vcpu if vcpu is None else unsigned("vcpu", vcpu, 32)
         parts = self._machine.backtrace(chosen, min(limit, 1 << 16))
         return [Frame(self._machine, chosen, part[0], level, part) for level, part in enumerate(parts)]
 
@@ -381,7 +376,7 @@ class Debugger:
 
     def symbolize(self, address: int) -> str | None:
         """``"symbol"`` or ``"symbol+0x10"`` for an address, demangled; None if no symbol covers it."""
-        return _symbol(self._machine, address)
+        return symbol_at(self._machine, address)
 
     def source_line(self, address: int) -> tuple[str, int] | None:
         """The file and line that an address was compiled from, by the image's debug information."""
@@ -419,7 +414,7 @@ class Debugger:
         """A vCPU to step: the one that the current stop is about, if none is named."""
         self._check()
         current = self.stop.vcpu
-        return current if vcpu is None else _unsigned("vcpu", vcpu, 32)
+        return current if vcpu is None else unsigned("vcpu", vcpu, 32)
 
     def _run_to(self, vcpu: int, addresses: list[int], stack: int, deadline: float | None) -> Stop:
         """Lets all run until a vCPU is at one of the addresses, in a frame not below ``stack``."""
@@ -483,7 +478,7 @@ class Debugger:
         """The addresses of a place, and what the user called it."""
         if isinstance(where, str):
             return self._machine.resolve_place(where), where
-        address = _unsigned(what, where)
+        address = unsigned(what, where)
         return [address], f"{address:#x}"
 
     def _check(self) -> None:
@@ -603,161 +598,6 @@ class Debugger:
         return known
 
 
-class Breakpoint:
-    """A place in the guest, and a decision which arrivals there stop it.
-
-    Made by ``Debugger.breakpoint()``, for code, and by ``Debugger.watch()``, for data.
-    """
-
-    __slots__ = ("_core", "_machine")
-
-    def __init__(self, machine: Machine, core: _core.Breakpoint) -> None:
-        self._machine = machine
-        self._core = core
-
-    @property
-    def id(self) -> int:
-        """Its number; the first one is 1."""
-        return self._core.id
-
-    @property
-    def location(self) -> str:
-        """The place as it was given."""
-        return self._core.location
-
-    @property
-    def address(self) -> int:
-        """The guest-virtual address; of a source line with several, the lowest."""
-        return self._core.address
-
-    @property
-    def addresses(self) -> list[int]:
-        """All its addresses: a source line may have code in several functions."""
-        return self._core.addresses
-
-    @property
-    def name(self) -> str | None:
-        """A name for messages."""
-        return self._core.name
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it is looked at. Disabled, it costs the guest nothing. Can be set."""
-        return self._core.enabled
-
-    @enabled.setter
-    def enabled(self, enabled: bool) -> None:
-        self._core.enabled = bool(enabled)
-
-    @property
-    def condition(self) -> Condition:
-        """The condition, text or callable, as it was given. Can be set; the next hit is judged by the new one."""
-        return self._core.condition
-
-    @condition.setter
-    def condition(self, condition: Condition) -> None:
-        compiled, predicate = _condition_parts(self._machine, condition)
-        self._machine.set_condition(self._core, compiled, predicate)
-
-    @property
-    def ignore(self) -> int:
-        """How many hits will pass before the condition is asked. Can be set."""
-        return self._core.ignore
-
-    @ignore.setter
-    def ignore(self, count: int) -> None:
-        self._core.ignore = _unsigned("ignore", count)
-
-    @property
-    def temporary(self) -> bool:
-        """Whether it is deleted when it has stopped the guest once."""
-        return self._core.temporary
-
-    @property
-    def vcpu(self) -> int | None:
-        """The only vCPU that it is for; None: all."""
-        return self._core.vcpu
-
-    @property
-    def reached(self) -> int:
-        """How many times a vCPU that it is for has met it."""
-        return self._core.reached
-
-    @property
-    def hits(self) -> int:
-        """How many of these times its conditions let through."""
-        return self._core.hits
-
-    @property
-    def size(self) -> int | None:
-        """Bytes that a watchpoint watches; None for a breakpoint."""
-        return self._core.size
-
-    @property
-    def access(self) -> Access | None:
-        """What fires a watchpoint: "write", "read" or "access"; None for a breakpoint."""
-        return self._core.access
-
-    @property
-    def kind(self) -> str | None:
-        """How the guest is made to leave: "int3", "debug register" or "single-step"; None while disabled."""
-        return self._core.kind
-
-    @property
-    def deleted(self) -> bool:
-        """Whether it is gone."""
-        return self._core.deleted
-
-    def delete(self) -> None:
-        """Deletes it; the guest's code is as it was. Doing so twice is the same as once."""
-        self._core.delete()
-
-    def _move(self, machine: Machine, condition: Condition) -> None:
-        """Sets it again in a fresh machine."""
-        core = self._core
-        compiled, predicate = _condition_parts(machine, condition)
-        wishes: dict[str, Any] = {
-            "location": core.location,
-            "compiled": compiled,
-            "predicate": predicate,
-            "ignore": core.ignore,
-            "temporary": core.temporary,
-            "vcpu": core.vcpu,
-            "enabled": core.enabled,
-            "name": core.name,
-        }
-        access, size = core.access, core.size
-        if access is None or size is None:
-            hardware = core.kind == "debug register"
-            self._core = machine.add_breakpoint(machine.resolve_place(core.location), **wishes, hardware=hardware)
-        else:
-            self._core = machine.add_watchpoint(machine.resolve(core.location), size, access, **wishes)
-        self._machine = machine
-
-    def __call__(self, condition: Callback) -> Self:
-        """Makes a callable the condition: ``@dbg.breakpoint("main")``."""
-        self.condition = condition
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Breakpoint):
-            return self._core == other._core
-        return self._core == other
-
-    def __hash__(self) -> int:
-        return hash(self._core)
-
-    def __repr__(self) -> str:
-        name = f" {self.name!r}" if self.name else ""
-        place = self.location if self.location == f"{self.address:#x}" else f"{self.location} ({self.address:#x})"
-        condition = self.condition
-        wish = "" if condition is None else f" if {condition if isinstance(condition, str) else repr(condition)}"
-        state = "" if self.enabled else ", deleted" if self.deleted else ", disabled"
-        watched = "" if self.size is None else f", {self.access} of {self.size} bytes"
-        kind = "Breakpoint" if self.size is None else "Watchpoint"
-        return f"<{kind} {self.id}{name} at {place}{watched}{wish}: {self.hits} of {self.reached} hits{state}>"
-
-
 class Vcpu:
     """One vCPU of a machine that is being debugged. Usable while the guest stands still."""
 
@@ -790,7 +630,7 @@ class Vcpu:
     @property
     def symbol(self) -> str | None:
         """``"symbol+0x10"`` for ``pc``, if known."""
-        return _symbol(self._machine, self.pc)
+        return symbol_at(self._machine, self.pc)
 
     @property
     def instructions(self) -> int | None:
@@ -801,289 +641,9 @@ class Vcpu:
         return f"<Vcpu {self._number}>"
 
 
-class Frame:
-    """A function that a vCPU is in: the one that it executes, or one that has called."""
-
-    __slots__ = ("_machine", "_parts", "_vcpu", "level", "pc")
-
-    level: int
-    """0 for the innermost frame, 1 for the one that it returns to, or was inlined into, and so on."""
-    pc: int
-    """The address of the next instruction; behind the call, in a frame that has called."""
-
-    def __init__(
-        self, machine: Machine, vcpu: int, pc: int, level: int = 0, parts: _core._FrameParts | None = None
-    ) -> None:
-        self._machine = machine
-        self._vcpu = vcpu
-        self._parts = parts
-        self.level = level
-        self.pc = pc
-
-    def _known(self) -> _core._FrameParts:
-        if self._parts is None:
-            self._parts = self._machine.describe(self.pc)[0]
-        return self._parts
-
-    @property
-    def function(self) -> str | None:
-        """The name of the function, by debug information or symbol; of code that was inlined, its own function."""
-        return self._known()[2]
-
-    @property
-    def symbol(self) -> str | None:
-        """``"symbol+0x10"`` for ``pc``, if known: the function that the code was inlined into."""
-        found = self._known()[3]
-        return None if found is None else f"{found[0]}+{found[1]:#x}" if found[1] else found[0]
-
-    @property
-    def offset(self) -> int | None:
-        """Bytes from the symbol's start to ``pc``."""
-        found = self._known()[3]
-        return None if found is None else found[1]
-
-    @property
-    def file(self) -> str | None:
-        """The source file, as the compiler wrote it, if the image has debug information."""
-        found = self._known()[4]
-        return None if found is None else found[0]
-
-    @property
-    def line(self) -> int | None:
-        """The line in ``file``, from 1; 0 for code that the compiler made up."""
-        found = self._known()[4]
-        return None if found is None else found[1]
-
-    @property
-    def inlined(self) -> bool:
-        """Whether this function's code is a part of the next frame's."""
-        return self._known()[5]
-
-    @property
-    def cfa(self) -> int | None:
-        """The canonical frame address: the stack pointer before the call. Of a frame of ``backtrace()``, if known."""
-        return self._known()[1]
-
-    @property
-    def registers(self) -> Registers:
-        """The registers of the vCPU."""
-        return self._machine.registers(self._vcpu)
-
-    @property
-    def memory(self) -> Memory:
-        """Guest memory as the vCPU sees it."""
-        return self._machine.memory(self._vcpu)
-
-    def __str__(self) -> str:
-        """One line for people, as of a backtrace."""
-        source = _source(self._known()[4])
-        name = self.function or "?"
-        place = f" at {source}" if source else ""
-        return f"#{self.level} {self.pc:#x} in {name}{place}{' (inlined)' if self.inlined else ''}"
-
-    def __repr__(self) -> str:
-        return f"<Frame of vCPU {self._vcpu} at {_symbol(self._machine, self.pc) or format(self.pc, '#x')}>"
-
-
-class Stop(Record):
-    """Why the guest stands still, and where.
-
-    It works with ``match``::
-
-        match dbg.cont():
-            case Stop("breakpoint", vcpu, pc): ...
-            case Stop(reason="exit", code=code): ...
-    """
-
-    __slots__ = (
-        "_machine",
-        "access",
-        "address",
-        "breakpoint",
-        "code",
-        "crash",
-        "exception",
-        "hits",
-        "message",
-        "new",
-        "number",
-        "old",
-        "pc",
-        "reason",
-        "symbol",
-        "value",
-        "vcpu",
-    )
-    __match_args__ = _fields = (
-        "reason",
-        "vcpu",
-        "pc",
-        "breakpoint",
-        "code",
-        "symbol",
-        "message",
-        "number",
-        "hits",
-        "exception",
-        "crash",
-        "address",
-        "access",
-        "old",
-        "new",
-        "value",
-    )
-
-    reason: StopReason
-    """One of "entry", "breakpoint", "watchpoint", "step", "interrupt", "timeout", "exit", "crash" or "exception"."""
-    vcpu: int
-    """The number of the vCPU that it is about."""
-    pc: int
-    """The address of that vCPU's next instruction."""
-    breakpoint: Breakpoint | None
-    """The breakpoint or watchpoint that stopped it, or whose callback raised."""
-    code: int | None
-    """The exit code of a guest that ended itself."""
-    symbol: str | None
-    """``"symbol+0x10"`` for ``pc``, if known."""
-    message: str | None
-    """More in words: what a crash was, or why a condition has no value."""
-    number: int
-    """Counts the stops of a machine, from 1."""
-    hits: int | None
-    """The breakpoint's ``hits`` then."""
-    exception: BaseException | None
-    """What a callback raised."""
-    crash: GuestCrashError | None
-    """How the guest crashed."""
-    address: int | None
-    """Of a watchpoint: the first watched byte that was accessed, as far as that is known."""
-    access: Literal["write", "read"] | None
-    """Of a watchpoint: what was done."""
-    old: int | bytes | None
-    """Of a watchpoint: what was there before; a number of up to 8 bytes, else bytes; None if it was not mapped."""
-    new: int | bytes | None
-    """Of a watchpoint: what is there now, as ``old``."""
-    value: int | None
-    """After ``finish()``, what the function returned in RAX."""
-    _machine: Machine
-
-    def __init__(
-        self,
-        reason: StopReason,
-        vcpu: int,
-        pc: int,
-        breakpoint: Breakpoint | None = None,
-        code: int | None = None,
-        symbol: str | None = None,
-        message: str | None = None,
-        number: int = 0,
-        hits: int | None = None,
-        exception: BaseException | None = None,
-        crash: GuestCrashError | None = None,
-        address: int | None = None,
-        access: Literal["write", "read"] | None = None,
-        old: int | bytes | None = None,
-        new: int | bytes | None = None,
-        value: int | None = None,
-    ) -> None:
-        self._fill(
-            *(reason, vcpu, pc, breakpoint, code, symbol, message, number, hits, exception, crash),
-            *(address, access, old, new, value),
-        )
-
-    @property
-    def frame(self) -> Frame:
-        """The place of the vCPU, its registers and memory. These can be used until the guest runs again."""
-        return Frame(self._machine, self.vcpu, self.pc)
-
-    def __str__(self) -> str:
-        """One line for people, or more if the guest crashed."""
-        if self.reason == "exit":
-            return f"the guest has ended with code {self.code}"
-        if self.reason == "crash":
-            return f"the guest has crashed: {self.message}"
-        place = f"{self.symbol} ({self.pc:#x})" if self.symbol else f"{self.pc:#x}"
-        if source := _source(self._source()):
-            place += f", {source}"
-        return f"vCPU {self.vcpu} stopped at {place}: {self._why()}"
-
-    def _source(self) -> tuple[str, int] | None:
-        machine = getattr(self, "_machine", None)
-        if machine is None:
-            return None
-        try:
-            found: tuple[str, int] | None = machine.describe(self.pc)[0][4]
-        except VmStateError:
-            # In a forked child.
-            return None
-        return found
-
-    def _why(self) -> str:
-        if self.breakpoint is None:
-            return self.reason
-        title = f"{'breakpoint' if self.breakpoint.size is None else 'watchpoint'} {self.breakpoint.id}"
-        if self.breakpoint.name:
-            title += f" ({self.breakpoint.name})"
-        if self.exception is not None:
-            return f"the callback of {title} raised {type(self.exception).__name__}: {self.exception}"
-        if self.message is not None:
-            return f"{title}: {self.message}"
-        hit = f"{title}, hit {self.hits}"
-        if self.address is None:
-            return hit
-        if self.old == self.new:
-            return f"{hit}: {self.access} at {self.address:#x}, value {_value(self.new)}"
-        return f"{hit}: {self.access} at {self.address:#x}, {_value(self.old)} → {_value(self.new)}"
-
-
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
 
 
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def _source(found: tuple[str, int] | None) -> str | None:
-    """``file.c:123``, without directories."""
-    return None if found is None else f"{found[0].rpartition('/')[2]}:{found[1]}"
-
-
-def _value(watched: int | bytes | None) -> str:
-    if isinstance(watched, int):
-        return f"{watched:#x}"
-    return "not mapped" if watched is None else f"0x{watched.hex()}" if len(watched) <= 16 else f"{len(watched)} bytes"
-
-
-def _symbol(machine: Machine, address: int) -> str | None:
-    found = machine.symbolize(address)
-    if found is None:
-        return None
-    name, offset = found
-    return f"{name}+{offset:#x}" if offset else name
-
-
-def _condition_parts(
-    machine: Machine, condition: Condition
-) -> tuple[tuple[str, bytes, list[int]] | None, Callback | None]:
-    """A condition as the core takes it."""
-    if condition is None:
-        return None, None
-    if isinstance(condition, str):
-        # Loads the compiler of conditions (and `ast`) only for those who use it.
-        from uhyve.condition import compile_condition
-
-        parts = compile_condition(condition, machine.resolve)
-        return (parts.expression, parts.code, list(parts.constants)), None
-    if callable(condition):
-        return None, condition
-    raise TypeError(f"a condition is text, a callable or None, not {condition!r}")
-
-
-def _unsigned(what: str, value: int, bits: int = 64) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    number = value.__index__()
-    if not 0 <= number < 1 << bits:
-        raise BreakpointError(f"{what} is {number}; it must be an unsigned number of {bits} bits")
-    return number

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import TypeVar
 
-    from uhyve.debugger import Debugger, Stop
+    from uhyve.debugger import Debugger
+    from uhyve.stop import Stop
 
     Command = TypeVar("Command", bound=Callable[..., str | None])
 

@@ -135,9 +135,9 @@ class Bridge:
 
     def compile(self, text: str) -> Any:
         """A condition's text as the core takes it."""
-        from uhyve.debugger import _condition_parts
+        from uhyve.breakpoint import condition_parts
 
-        return _condition_parts(self._debugger._machine, text)[0]
+        return condition_parts(self._debugger._machine, text)[0]
 
     def restart(self, arguments: list[str] | None) -> _core.Machine:
         """A fresh machine in the place of the debugger's."""

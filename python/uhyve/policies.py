@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from uhyve.debugger import Stop
+    from uhyve.stop import Stop
 
 __all__ = ["AfterHits", "Combined", "EveryNth", "LogAndContinue", "OncePerVcpu", "OnlyVcpu", "StopOnFailure"]
 

@@ -9,8 +9,8 @@ import pickle
 import pytest
 
 import uhyve
-from uhyve import _core, debugger
-from uhyve.debugger import Breakpoint, Debugger, Frame, Stop, Vcpu
+from uhyve import Breakpoint, Debugger, Frame, Stop, Vcpu, _core
+from uhyve.breakpoint import unsigned
 
 REASONS = ("entry", "breakpoint", "step", "interrupt", "timeout", "exit", "crash", "exception")
 
@@ -74,7 +74,7 @@ def test_match_arguments_are_the_fields_in_the_order_of_the_constructor() -> Non
 
 
 def test_reasons_of_the_package_and_of_the_core_are_the_same() -> None:
-    source = inspect.getsource(debugger)
+    source = inspect.getsource(inspect.getmodule(Stop))
 
     for reason in REASONS:
         assert f'"{reason}"' in source
@@ -98,19 +98,19 @@ def test_names_are_exported_by_the_package() -> None:
 
 @pytest.mark.parametrize("value", [0, 1, 2**64 - 1])
 def test_unsigned_takes_what_fits(value: int) -> None:
-    assert debugger._unsigned("x", value) == value
+    assert unsigned("x", value) == value
 
 
 @pytest.mark.parametrize("value", [-1, 2**64])
 def test_unsigned_of_what_does_not_fit_is_a_breakpoint_error(value: int) -> None:
     with pytest.raises(uhyve.BreakpointError, match=f"x is {value}"):
-        debugger._unsigned("x", value)
+        unsigned("x", value)
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None])
 def test_unsigned_of_what_is_no_integer_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="x must be an integer"):
-        debugger._unsigned("x", value)
+        unsigned("x", value)
 
 
 def test_unsigned_takes_what_has_an_index() -> None:
@@ -118,7 +118,7 @@ def test_unsigned_takes_what_has_an_index() -> None:
         def __index__(self) -> int:
             return 0x1000
 
-    assert debugger._unsigned("x", Address()) == 0x1000
+    assert unsigned("x", Address()) == 0x1000
 
 
 @pytest.mark.parametrize("kind", [_core.Breakpoint, _core.Hit, _core.Registers, _core.Memory])

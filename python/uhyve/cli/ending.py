@@ -1,0 +1,80 @@
+"""How the command ends: its exit statuses, and what it says about errors."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import uhyve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXIT_SCRIPT = 1
+"""A script of ``uhyve debug``, or a callback in it, raised."""
+EXIT_USAGE = 2
+"""Wrong usage, configuration or image."""
+EXIT_TIMEOUT = 124
+"""The time of ``--timeout`` is over."""
+EXIT_HOST = 125
+"""The host failed: no KVM, no permission, no memory."""
+EXIT_INTERRUPT = 130
+"""Ctrl-C."""
+EXIT_CRASH = 134
+"""The guest crashed."""
+EXIT_KILLED = 137
+"""A gdb client killed the guest."""
+EXIT_PIPE = 141
+"""Nobody reads the standard output any more."""
+
+
+class Failure(click.ClickException):
+    """An error that ends the command with one line and this status."""
+
+    def __init__(self, message: str, status: int = EXIT_USAGE) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def exit_code(dbg: uhyve.Debugger) -> int:
+    """The status to end with: the guest's code, if it has one."""
+    if dbg.result is not None:
+        return dbg.result.code
+    try:
+        return EXIT_CRASH if not dbg.running and dbg.stop.reason == "crash" else 0
+    except uhyve.VmStateError:
+        # A client has killed it.
+        return EXIT_KILLED
+
+
+def to_standard_error(text: bytes) -> None:
+    """A console for a guest whose standard output is taken."""
+    sys.stderr.buffer.write(text)
+    sys.stderr.buffer.flush()
+
+
+def say(text: str) -> None:
+    """A line about the run, which is not the guest's output."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the user's code raises ends the command with a traceback that begins there."""
+    try:
+        yield
+    except (uhyve.TimeoutExpired, uhyve.HypervisorError):
+        raise
+    except Exception as error:  # noqa: BLE001 – a script may raise anything
+        import traceback
+
+        package = str(Path(__file__).parents[1])
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(package):
+            frames = frames.tb_next
+        traceback.print_exception(error.with_traceback(frames or error.__traceback__))
+        raise Failure("a script or a callback has failed", EXIT_SCRIPT) from None
