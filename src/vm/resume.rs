@@ -1,10 +1,8 @@
 //! Who lets the guest run, and what its stops come to: resume, wait, detach.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::Machine;
-use crate::debug::breakpoints::Breakpoint;
 use crate::debug::engine::{self, End, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::error::{Error, Result};
