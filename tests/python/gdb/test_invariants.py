@@ -194,6 +194,41 @@ def test_invariant_02_interrupt_that_comes_too_late_is_no_stop(serve: Callable[.
     assert sorted(seen) == list(itertools.product(range(cpus), range(40)))
 
 
+@CPUS
+def test_invariant_02_stop_of_pythons_at_a_breakpoint_of_the_clients_is_not_taken_for_that_ones(
+    serve: Callable[..., Served], cpus: int
+) -> None:
+    served = serve("events", cpus=cpus, defines=["COUNT=5"])
+    stub = served.rsp()
+    served.dbg.breakpoint("event", condition="vcpu == 0 and arg1 == 2")
+    # `$rsi == 100`: gdb would judge SIGTRAP there by it, and go on.
+    stub.insert(served.dbg.symbol("event"), conditions=[bytes.fromhex("2600042264" + "1327")])
+
+    stop = stub.cont(SOON)
+
+    assert (stop.kind, stop.code, vcpu_of(stop)) == ("T", INT, 0)
+    assert "breakpoint 1" in stub.console
+    assert stub.cont(SOON).kind == "W"
+
+
+@CPUS
+def test_invariant_02_breakpoint_is_asked_once_for_an_arrival_though_the_client_sets_its_own_anew(
+    serve: Callable[..., Served], cpus: int
+) -> None:
+    served = serve("events", cpus=cpus, defines=["COUNT=12"])
+    stub = served.rsp()
+    observer = served.dbg.breakpoint("event", condition="False")
+    event = served.dbg.symbol("event")
+    stub.insert(event)
+
+    while (stop := stub.cont(SOON)).kind == "T":
+        stub.remove(event)
+        stub.step(str(stop.thread))
+        stub.insert(event)
+
+    assert observer.reached == cpus * 12
+
+
 # 3. A breakpoint holds on every vCPU.
 
 
