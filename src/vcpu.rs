@@ -29,6 +29,10 @@ pub struct Context {
     pub cpu: Box<dyn Vcpu>,
     /// The breakpoints at this address have been asked, and the instruction there has not been executed since.
     pub passed: Option<u64>,
+    /// The highest number of a breakpoint that was asked there.
+    pub(crate) asked: u32,
+    /// An arrival here is no new one: of its breakpoints only those with higher numbers are still to be asked.
+    pub(crate) asks_newer_at: Option<u64>,
     /// Hypercalls of which the first waits for the host and was interrupted; they are made before the guest goes on.
     pub(crate) calls: VecDeque<PendingCall>,
     /// The generation of the breakpoint table that the CPU is armed for.
@@ -61,6 +65,8 @@ impl Context {
         Self {
             cpu,
             passed: None,
+            asked: 0,
+            asks_newer_at: None,
             calls: VecDeque::new(),
             armed: None,
             debug: GuestDebug::default(),

@@ -254,8 +254,9 @@ impl Engine {
         let last = state.stop.as_ref();
         let number = last.map_or(0, |s| s.number) + 1;
         let stop = match event {
-            Some(Event { vcpu, pc, reason, .. }) => Stop { reason, vcpu, pc, number },
+            Some(Event { vcpu, pc, reason, others }) => Stop { reason, others, vcpu, pc, number },
             None => Stop {
+                others: Vec::new(),
                 reason: interrupt.unwrap_or(StopReason::Interrupt),
                 vcpu: last.map_or(0, |s| s.vcpu),
                 pc: 0,

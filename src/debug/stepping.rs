@@ -165,9 +165,13 @@ impl Seat<'_> {
     /// The decision chain of every breakpoint at `pc`; what those say that stop. All are asked.
     pub(crate) fn decide(&mut self, pc: u64) -> Result<Vec<StopReason>> {
         self.context().passed = Some(pc);
+        let is_same = self.context().asks_newer_at.take() == Some(pc);
+        let asked = if is_same { self.context().asked } else { 0 };
         let Some((_, breakpoints)) = self.machine.breakpoints_at(pc) else { return Ok(Vec::new()) };
+        let of_users = breakpoints.iter().filter(|b| b.options.internal.is_none());
+        self.context().asked = of_users.map(|b| b.id).max().unwrap_or(asked);
         let mut reasons = Vec::new();
-        for breakpoint in breakpoints {
+        for breakpoint in breakpoints.into_iter().filter(|b| b.id > asked) {
             reasons.extend(self.ask(&breakpoint, pc, None)?);
         }
         Ok(reasons)

@@ -105,6 +105,8 @@ impl StopReason {
 pub struct Stop {
     /// Why.
     pub reason: StopReason,
+    /// What else was found at the same arrival, or by the same access.
+    pub others: Vec<StopReason>,
     /// The vCPU that it is about.
     pub vcpu: u32,
     /// Where that vCPU is.

@@ -140,6 +140,12 @@ impl Breakpoints {
         self.commit(machine, false)
     }
 
+    /// Whether the client has a breakpoint at this address.
+    pub fn is_at(&self, address: u64) -> bool {
+        let places = [Key::Software(address), Key::Hardware(address)];
+        places.iter().any(|key| self.entries.get(key).is_some_and(|entry| !entry.is_doomed))
+    }
+
     /// What the client calls this breakpoint; `None` for somebody else's.
     pub fn key_of(&self, breakpoint: &Breakpoint) -> Option<Key> {
         self.entries.iter().find(|(_, entry)| entry.breakpoint.id == breakpoint.id).map(|(key, _)| *key)

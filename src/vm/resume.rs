@@ -1,10 +1,8 @@
 //! Who lets the guest run, and what its stops come to: resume, wait, detach.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::Machine;
-use crate::debug::breakpoints::Breakpoint;
 use crate::debug::engine::{self, End, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::error::{Error, Result};
@@ -71,17 +69,23 @@ impl Machine {
             | StopReason::Hypercall { .. } => true,
             _ => false,
         };
-        let found = std::iter::once(&event.reason).chain(&event.others).find(|reason| holds(reason)).cloned();
-        let known =
-            std::iter::once(&event.reason).chain(&event.others).filter_map(|r| r.breakpoint().map(|b| b.id)).max();
-        let is_newer = |b: &Arc<Breakpoint>| Some(b.id) > known;
-        if let (None, Some(context), true) = (&found, guard.as_mut(), at_pc)
-            && self.breakpoints_at(event.pc).is_some_and(|(_, breakpoints)| breakpoints.iter().any(is_newer))
+        let mut true_still: Vec<_> =
+            std::iter::once(&event.reason).chain(&event.others).filter(|reason| holds(reason)).cloned().collect();
+        if let (true, Some(context), true) = (true_still.is_empty(), guard.as_mut(), at_pc)
+            && self
+                .breakpoints_at(event.pc)
+                .is_some_and(|(_, breakpoints)| breakpoints.iter().any(|b| b.id > context.asked))
         {
-            // A client takes its breakpoints away and sets them again: what is there now has not been asked.
+            // A client takes its breakpoints away and sets them again: those that are there now have not been asked.
             context.passed = None;
+            context.asks_newer_at = Some(event.pc);
         }
-        found.map(|reason| event.reason = reason).is_some()
+        if true_still.is_empty() {
+            return false;
+        }
+        event.reason = true_still.remove(0);
+        event.others = true_still;
+        true
     }
 
     /// What a front end does about a stop that it has found without waiting: [`Machine::wait`] does it by itself.

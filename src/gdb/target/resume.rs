@@ -55,16 +55,18 @@ impl GdbTarget {
                 if let Some(error) = error {
                     self.say(&format!("uhyve: the condition of breakpoint {} has no value: {error}", breakpoint.id));
                 }
-                match self.breakpoints.key_of(breakpoint) {
-                    Some(Key::Software(_)) => Reason::SwBreak(tid),
-                    Some(_) => Reason::HwBreak(tid),
-                    None => {
-                        // gdb takes a breakpoint that it does not know for one that it has just removed, and goes on.
-                        let name = breakpoint.options.name.as_deref().unwrap_or(&breakpoint.options.location);
-                        self.say(&format!("uhyve: breakpoint {} ({name}) on vCPU {}", breakpoint.id, stop.vcpu));
-                        signal(Signal::SIGTRAP)
-                    }
-                }
+                let all = || std::iter::once(breakpoint).chain(stop.others.iter().filter_map(StopReason::breakpoint));
+                let Some(foreign) = all().find(|b| self.breakpoints.key_of(b).is_none()).cloned() else {
+                    return match self.breakpoints.key_of(breakpoint) {
+                        Some(Key::Hardware(_)) => Reason::HwBreak(tid),
+                        _ => Reason::SwBreak(tid),
+                    };
+                };
+                // gdb takes a `swbreak` that it does not know for one that it has just removed, and goes on; and SIGTRAP
+                // at a breakpoint of its own for that one's, which it judges by its own condition, thread and count.
+                let name = foreign.options.name.as_deref().unwrap_or(&foreign.options.location);
+                self.say(&format!("uhyve: breakpoint {} ({name}) on vCPU {}", foreign.id, stop.vcpu));
+                signal(if self.breakpoints.is_at(stop.pc) { Signal::SIGINT } else { Signal::SIGTRAP })
             }
             StopReason::Watchpoint { breakpoint, touch, error } => {
                 if let Some(error) = error {

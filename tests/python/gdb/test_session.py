@@ -156,7 +156,9 @@ def test_client_that_dies_leaves_the_guest_stopped_for_the_next(serve: Callable[
     assert served.rsp().request("g")
 
 
-def test_python_beside_gdb_reads_and_is_told_who_controls(serve: Callable[..., Served]) -> None:
+def test_python_beside_gdb_reads_and_is_told_who_controls(
+    serve: Callable[..., Served], wait_until: Callable[..., bool]
+) -> None:
     served = serve("busy")
     served.dbg.cont(wait=False)
     stub = served.rsp()
@@ -165,6 +167,8 @@ def test_python_beside_gdb_reads_and_is_told_who_controls(serve: Callable[..., S
         served.dbg.cont()
     assert served.dbg.memory.read(served.dbg.symbol("spin"), 4)
     stub.resume()
+    # Of a guest that stands still Python asks nothing.
+    assert wait_until(lambda: served.dbg.running)
     served.dbg.interrupt()
     assert stub.wait().code == 2
 
