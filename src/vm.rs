@@ -34,6 +34,7 @@ use crate::isolation::{Files, IoMode, Scratch, Source};
 use crate::memory::{Backing, GuestMemory};
 use crate::paging::{self, PagingMode};
 use crate::registers::{RSI, SystemRegisters};
+use crate::stats::latency::Sampling;
 use crate::stats::{ExitKind, Stats};
 use crate::vcpu::{self, Context};
 
@@ -92,6 +93,17 @@ pub struct Config {
     pub debugging: bool,
     /// Wraps vCPU threads.
     pub wrapper: Option<ThreadWrapper>,
+    /// What is measured.
+    pub measure: Measure,
+}
+
+/// What a VM tells of its own speed, and what it does so that there is something to measure.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Measure {
+    /// Which exits are timed.
+    pub sampling: Sampling,
+    /// Accesses to the firmware area leave the guest, as those to a device's memory do.
+    pub firmware_exits: bool,
 }
 
 /// What a user chooses of the software back end.
@@ -194,7 +206,9 @@ impl Machine {
         let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut chance)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
         let coalesced_ports = vec![(CONSOLE_PORT, 1), (pci::ADDRESS, 4)];
-        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, soft };
+        let firmware_exits = config.measure.firmware_exits;
+        let options =
+            MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, firmware_exits, soft };
         let backend = backend::open(choice.name, &memory, &options)?;
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
@@ -207,7 +221,7 @@ impl Machine {
             layout,
             services,
             console,
-            stats: Stats::new(cpus),
+            stats: Stats::new(cpus, config.measure.sampling),
             pci: Pci::default(),
             engine: Engine::new(cpus, debugging),
             table: RwLock::new(Table::default()),

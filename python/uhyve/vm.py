@@ -299,6 +299,8 @@ class Vm:
         Landlock on the vCPU threads: ``"none"``, ``"normal"`` (what the kernel has) or ``"strict"`` (all, or an error).
     ``io_mode``
         How host files are opened: None, ``"direct"``, ``"sync"`` or ``"direct,sync"``.
+    ``sampling``
+        One exit in so many, at random, is timed for ``VmStats.latencies``; 1: all of them, 0: none.
 
     Raises ``ImageError``, and ``ConfigError`` or ``TypeError`` for a keyword that isn't right. What only a start can
     find out (the image's wishes, the host's limits) is raised by the start.
@@ -336,6 +338,7 @@ class Vm:
         tempdir: StrPath | None = None,
         file_isolation: Literal["none", "normal", "strict"] = "none",
         io_mode: str | None = None,
+        sampling: int = 64,
     ) -> None:
         direct, sync = _io_mode(io_mode)
         self._host_environment = env == "host"
@@ -362,6 +365,9 @@ class Vm:
             "file_isolation": _choice("file_isolation", file_isolation, ("none", "normal", "strict")),
             "io_direct": direct,
             "io_sync": sync,
+            "sampling": _number("sampling", sampling, 0, 1 << 31),
+            "sampling_skip": 0,
+            "firmware_exits": False,
         }
         self._image = _image(image)
         self._lock = threading.RLock()
@@ -593,11 +599,11 @@ def _image(image: StrPath | bytes | Image) -> Image:
     raise TypeError(f"an image is a path, bytes or an Image, not {type(image).__name__}")
 
 
-def _number(what: str, value: int, minimum: int) -> int:
+def _number(what: str, value: int, minimum: int, limit: int = 1 << 63) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{what} must be an integer, not {value!r}")
     number = value.__index__()
-    if not minimum <= number < 1 << 63:
+    if not minimum <= number < limit:
         raise ConfigError(f"{what} is {number}; it must be {minimum} or more")
     return number
 

@@ -136,6 +136,7 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
         soft: SoftConfig::default(),
         debugging: false,
         wrapper: None,
+        measure: Default::default(),
     })
 }
 
