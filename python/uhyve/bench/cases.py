@@ -19,13 +19,17 @@ class Case:
     loop: str
     """What the guest is told to do."""
     reason: str = ""
-    """The exit that is meant; empty: the guest times itself and prints what it found."""
+    """The exit that is meant, if exits are timed."""
     floor: str = ""
     """The kind of the floor, if the case is one exit a time."""
     size: int = 0
     """Bytes a call."""
     cpus: int = 1
     """vCPUs that it takes."""
+    how: str = "exits"
+    """Who measures: ``exits`` (the host, by reason), ``told`` (the guest), ``stop`` (of the world), ``hit``."""
+    part: str = ""
+    """Of a stop: ``kick``, ``stop`` or ``resume``; of a hit, its condition: ``bare``, ``compiled`` or ``callable``."""
     firmware: bool = False
     """Accesses to the firmware area must leave the guest."""
     limit: float = 0.0
@@ -50,8 +54,17 @@ CASES: Final[tuple[Case, ...]] = (
     *_transfers("read", "file_read"),
     Case("open", "file open", "open_close", "file_open"),
     Case("close", "file close", "open_close", "file_close"),
-    Case("wake", "wake-up from HLT by another vCPU", "wake", cpus=2),
-    Case("ipi", "interrupt to a running vCPU", "ipi", cpus=2),
-    Case("timer", "timer interrupt, how late", "timer"),
+    Case("wake", "wake-up from HLT by another vCPU", "wake", cpus=2, how="told"),
+    Case("ipi", "interrupt to a running vCPU", "ipi", cpus=2, how="told"),
+    Case("timer", "timer interrupt, how late", "timer", how="told"),
+    Case("kick", "kick to park", "spin", how="stop", part="kick"),
+    *(
+        Case(f"stop_{n}", f"stop of the world, {n} vCPUs", "spin", how="stop", part="stop", cpus=n)
+        for n in (1, 2, 4, 8)
+    ),
+    *(Case(f"resume_{n}", f"its resume, {n} vCPUs", "spin", how="stop", part="resume", cpus=n) for n in (1, 4)),
+    Case("hit", "breakpoint that never stops", "work", how="hit", part="bare"),
+    Case("hit_compiled", "false compiled condition", "work", how="hit", part="compiled"),
+    Case("hit_callable", "false Python callable", "work", how="hit", part="callable"),
 )
 """All of them, in the order of reports."""

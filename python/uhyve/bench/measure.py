@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from uhyve.bench.report import Buckets
+    from uhyve.debugger import Debugger
 
 __all__ = ["facts", "run"]
 
 _LONGEST: Final = 60.0
 _LEAST, _MOST = 50, 20_000
 _SELF_TIMED: Final = 50
+_STOPS: Final = 10
+_HITS: Final = 2000
 _FEWEST: Final = 3
 """Rounds of a case, however slow the machine is."""
 _QUICK, _FULL = 12.0, 300.0
@@ -88,7 +91,7 @@ class _Bench:
             if case.floor:
                 floor = _core.bench_floor(self.backend, case.floor, count, count // 10, self.cpu)
                 result.floors.append(quantile(floor, 0.5))
-            parts = self._exits(case, count) if case.reason else {"total": self._told(case)}
+            parts = self._round(case, count)
             result.rounds.append(quantile(parts["total"], 0.5))
             for part, buckets in parts.items():
                 pool = pooled.setdefault(part, {})
@@ -102,6 +105,45 @@ class _Bench:
             result.ratio = statistics.median(ratios)
             result.interval = _bootstrap(ratios)
         return result
+
+    def _round(self, case: Case, count: int) -> dict[str, Buckets]:
+        match case.how:
+            case "told":
+                return {"total": self._told(case)}
+            case "stop":
+                return {"total": self._stops(case)}
+            case "hit":
+                return self._hits(case, min(count, _HITS))
+            case _:
+                return self._exits(case, count)
+
+    def _debugged(self, case: Case, count: int) -> Debugger:
+        words = [case.loop, str(count), "0"]
+        vm = Vm(Image.bench(), args=words, cpus=case.cpus, backend=self.backend, output="none", sampling=1)
+        return vm.debug()
+
+    def _stops(self, case: Case) -> Buckets:
+        """Stops of a world of which every vCPU runs."""
+        with self._debugged(case, 1) as dbg:
+            dbg._machine.time_stops(1, 0.02)
+            place = {"kick": 1, "stop": 2, "resume": 3}[case.part]
+            return [
+                (found[place], 1) for found in sorted(dbg._machine.time_stops(_STOPS, 0.001), key=lambda t: t[place])
+            ]
+
+    def _hits(self, case: Case, count: int) -> dict[str, Buckets]:
+        """A breakpoint that is met again and again and lets all go on."""
+        conditions: dict[str, Any] = {"bare": None, "compiled": "arg0 > 1000000000", "callable": lambda _: False}
+        with self._debugged(case, count) as dbg:
+            ignore = 1 << 40 if case.part == "bare" else 0
+            point = dbg.breakpoint("work", condition=conditions[case.part], ignore=ignore)
+            dbg._machine.restart_sampling(1, 10)
+            stop = dbg.cont(_LONGEST)
+            if stop.reason != "exit" or point.reached != count:
+                raise VmStateError(f"the breakpoint was met {point.reached} times of {count}: {stop}")
+            found = dbg._machine.latency_buckets()[0]
+        seen = [found[reason] for reason in ("debug", "unemulated") if reason in found]
+        return max(seen, key=lambda parts: sum(n for _, n in parts["total"]))
 
     def _exits(self, case: Case, count: int) -> dict[str, Buckets]:
         skip = count // 10 + 10
