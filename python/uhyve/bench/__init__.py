@@ -8,7 +8,8 @@ gives in the types of JSON (``SCHEMA`` names the version), and ``metric()`` by n
 from __future__ import annotations
 
 from uhyve.bench.cases import CASES, Case
+from uhyve.bench.compare import Change, compare
 from uhyve.bench.measure import run
 from uhyve.bench.report import SCHEMA, Report, Result, holds
 
-__all__ = ["CASES", "SCHEMA", "Case", "Report", "Result", "holds", "run"]
+__all__ = ["CASES", "SCHEMA", "Case", "Change", "Report", "Result", "compare", "holds", "run"]

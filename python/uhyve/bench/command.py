@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TextIO
 
 import click
 
@@ -17,10 +18,13 @@ __all__ = ["bench"]
 @click.option(
     "--fail-if", "limits", multiple=True, metavar="'CASE.METRIC>N'", help="End with 1 if so. May be repeated."
 )
+@click.option("--compare", "other", type=click.File(), metavar="OLD.json", help="What has changed since that report.")
 @click.argument("cases", nargs=-1)
-def bench(cases: tuple[str, ...], quick: bool, backend: str, as_json: bool, limits: tuple[str, ...]) -> None:
+def bench(
+    cases: tuple[str, ...], quick: bool, backend: str, as_json: bool, limits: tuple[str, ...], other: TextIO | None
+) -> None:
     """Measures what an exit costs here: all CASES, or those that are named."""
-    from uhyve.bench import CASES, holds, run
+    from uhyve.bench import CASES, compare, holds, run
 
     known = [case.name for case in CASES]
     for name in cases:
@@ -36,6 +40,9 @@ def bench(cases: tuple[str, ...], quick: bool, backend: str, as_json: bool, limi
     if show:
         click.echo("\r\x1b[K", nl=False, err=True)
     click.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
+    if other is not None:
+        for change in compare(report, json.load(other)):
+            click.echo(str(change), err=as_json)
     broken = [limit for limit in limits if holds(report, limit)]
     for limit in broken:
         click.echo(f"uhyve: {limit} is true", err=True)

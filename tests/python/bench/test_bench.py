@@ -52,6 +52,28 @@ def test_limit_that_is_passed_is_told_in_table_and_json():
     assert "NOT held" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "verdict"),
+    [
+        ([110.0, 111.0, 112.0], "slower"),
+        ([90.0, 91.0, 90.0], "faster"),
+        ([100.0, 101.0, 99.0], "same"),
+        ([80.0, 100.0, 130.0], "unclear"),
+    ],
+)
+def test_comparison_with_an_older_report_gives_a_verdict_by_the_noise(rounds, verdict):
+    old = _report(_result(rounds=[100.0, 100.0, 101.0], floors=[50.0, 50.0, 50.5])).as_dict()
+
+    (change,) = bench.compare(_report(_result(rounds=rounds, floors=[50.0, 50.0, 50.0])), old)
+
+    assert change.verdict == verdict
+
+
+def test_comparison_with_another_format_raises_config_error():
+    with pytest.raises(uhyve.ConfigError, match="format"):
+        bench.compare(_report(_result()), {"schema": "other"})
+
+
 def test_bench_of_the_software_cpu_tells_percentiles_parts_and_ratio():
     report = bench.run(["pio", "mmio_read", "serial_byte", "write_4k", "open"], backend="soft", quick=True)
 
