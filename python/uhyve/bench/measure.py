@@ -149,7 +149,7 @@ class _Bench:
         skip = count // 10 + 10
         found, _ = self._run(case, count + skip, skip)
         if case.reason not in found:
-            raise VmStateError(f"no exit {case.reason} was seen")
+            raise VmStateError(f"{self.backend} answers this itself: no exit {case.reason} was seen")
         return found[case.reason]
 
     def _told(self, case: Case) -> Buckets:
