@@ -1,4 +1,4 @@
-//! Builds the demo guest, a small Hermit-style image that is part of the package.
+//! Builds the guests that are part of the package, small Hermit-style images: the demo, and what `uhyve bench` runs.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,14 +10,17 @@ const STANDALONE: u8 = 255;
 
 fn main() {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("demo");
-    for name in ["demo.c", "demo.ld"] {
+    let folder = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    for name in ["demo.c", "bench.c", "demo.ld"] {
         println!("cargo::rerun-if-changed=guests/{name}");
     }
-    build(&root.join("guests"), &out);
-    let mut image = fs::read(&out).expect("the compiler has just written it");
-    image[EI_OSABI] = STANDALONE;
-    fs::write(&out, image).expect("the build folder is writable");
+    for name in ["demo", "bench"] {
+        let out = folder.join(name);
+        build(&root.join("guests"), name, &out);
+        let mut image = fs::read(&out).expect("the compiler has just written it");
+        image[EI_OSABI] = STANDALONE;
+        fs::write(&out, image).expect("the build folder is writable");
+    }
 }
 
 const FLAGS: &[&str] = &[
@@ -45,7 +48,7 @@ const FLAGS: &[&str] = &[
     "-Wl,-z,max-page-size=4096",
 ];
 
-fn build(guests: &Path, out: &Path) {
+fn build(guests: &Path, name: &str, out: &Path) {
     let compiler = cc::Build::new()
         .target("x86_64-unknown-linux-gnu")
         .host("x86_64-unknown-linux-gnu")
@@ -57,11 +60,12 @@ fn build(guests: &Path, out: &Path) {
         .arg("-o")
         .arg(out)
         .arg(format!("-ffile-prefix-map={}=guests", guests.display()))
-        .args(["-Wl,-T,demo.ld", "demo.c"])
+        .arg("-Wl,-T,demo.ld")
+        .arg(format!("{name}.c"))
         .status();
     match status {
         Ok(status) if status.success() => {}
-        Ok(status) => panic!("{} could not build the demo guest: {status}", compiler.path().display()),
-        Err(error) => panic!("a C compiler is needed to build the demo guest (install gcc or clang): {error}"),
+        Ok(status) => panic!("{} could not build the guest {name}: {status}", compiler.path().display()),
+        Err(error) => panic!("a C compiler is needed to build the guests (install gcc or clang): {error}"),
     }
 }

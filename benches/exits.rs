@@ -49,6 +49,7 @@ fn ours() -> Duration {
         soft: Default::default(),
         debugging: true,
         wrapper: None,
+        measure: Default::default(),
     };
     let machine = Machine::start(config).expect("KVM works here");
     let mut check = || Ok::<(), Error>(());

@@ -7,6 +7,7 @@
 //! The Python module is in `py`, behind the feature `python`; nothing else knows Python. [`error`] is everybody's.
 
 pub mod backend;
+pub mod bench;
 pub mod boot;
 mod burst;
 pub mod code_lines;

@@ -1,5 +1,9 @@
 //! Counters of a VM: exits by kind and hypercalls by kind, per vCPU. Queued port writes count for the vCPU whose
-//! thread took them from the queue, and port accesses that a burst answered count like exits.
+//! thread took them from the queue, and port accesses that a burst answered count like exits. [`latency`] is how long exits
+//! take, by [`clock`].
+
+pub mod clock;
+pub mod latency;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -60,13 +64,16 @@ struct Counters {
 /// The counters of a VM.
 pub struct Stats {
     vcpus: Vec<Counters>,
+    /// How long its exits take.
+    pub latencies: latency::Latencies,
 }
 
 impl Stats {
     /// Zeroed counters for so many vCPUs.
-    pub fn new(cpus: u32) -> Self {
+    pub fn new(cpus: u32, sampling: latency::Sampling) -> Self {
         let zeros = || Counters { exits: Default::default(), hypercalls: std::array::from_fn(|_| AtomicU64::new(0)) };
-        Self { vcpus: (0..cpus).map(|_| zeros()).collect() }
+        let latencies = latency::Latencies::new(cpus, sampling);
+        Self { vcpus: (0..cpus).map(|_| zeros()).collect(), latencies }
     }
 
     /// Counts an exit.

@@ -18,6 +18,7 @@ use crate::memory::record_writes;
 use crate::paging::{self, PagingMode};
 use crate::registers::{CR0_PE, RDI};
 use crate::stats::ExitKind;
+use crate::stats::latency::Sampler;
 use crate::vm::Machine;
 
 /// Where a CPU begins after a reset (within its code segment).
@@ -89,6 +90,7 @@ pub(crate) enum Flow {
 pub(crate) struct Seat<'a> {
     pub machine: &'a Arc<Machine>,
     pub number: u32,
+    pub sampler: Sampler,
     guard: Option<MutexGuard<'a, Option<Context>>>,
 }
 
@@ -137,9 +139,13 @@ fn serve(machine: &Arc<Machine>, number: u32) -> Result<()> {
         match machine.engine.safe_point(number) {
             Command::End => return Ok(()),
             Command::Run(plan) => {
-                let mut seat = Seat { machine, number, guard: None };
+                let latencies = &machine.stats.latencies;
+                latencies.mark(number, 1);
+                let mut seat = Seat { machine, number, sampler: Sampler::new(latencies, number), guard: None };
                 seat.relock();
                 seat.run(plan)?;
+                drop(seat);
+                latencies.mark(number, 0);
             }
         }
     }
@@ -207,17 +213,17 @@ impl<'a> Seat<'a> {
 
     /// Runs the guest until an exit and answers that.
     fn run_once(&mut self) -> Result<Flow> {
-        if !self.machine.has_bursts() {
-            let exit = self.context().cpu.run()?;
-            return self.handle(exit);
-        }
-        let entered = ticks();
+        let entered = if self.machine.has_bursts() { ticks() } else { 0 };
+        self.sampler.enter();
         let exit = self.context().cpu.run()?;
-        let time = ticks().wrapping_sub(entered);
-        match self.handle(exit)? {
-            Flow::Continue => self.burst_after(exit, time),
-            Flow::Leave => Ok(Flow::Leave),
+        self.sampler.leave();
+        let time = if self.machine.has_bursts() { ticks().wrapping_sub(entered) } else { 0 };
+        let flow = self.handle(exit)?;
+        self.sampler.finish(&self.machine.stats.latencies, self.number);
+        if flow == Flow::Continue && self.machine.has_bursts() {
+            return self.burst_after(exit, time);
         }
+        Ok(flow)
     }
 
     /// Finishes a pending port or memory access, so that the registers that others will read are true.
@@ -248,7 +254,7 @@ impl<'a> Seat<'a> {
             }
             Exit::Debug(event) => {
                 self.count(ExitKind::Debug);
-                self.debug_event(event)
+                self.timed(|seat| seat.debug_event(event))
             }
             Exit::Shutdown => {
                 self.count(ExitKind::Shutdown);
@@ -263,14 +269,28 @@ impl<'a> Seat<'a> {
             }
             Exit::Unemulated => {
                 self.count(ExitKind::Unemulated);
-                self.unemulated()
+                self.timed(Self::unemulated)
             }
             Exit::Failed(failure) => self.crash(CrashReason::Hypervisor { what: failure.to_string() }),
         }
     }
 
     pub fn count(&self, kind: ExitKind) {
+        self.sampler.exit(kind);
         self.machine.stats.count(self.number, kind);
+    }
+
+    fn count_hypercall(&self, kind: hypercall::Kind) {
+        self.sampler.hypercall(kind);
+        self.machine.stats.count_hypercall(self.number, kind);
+    }
+
+    /// Does a handler's work, and notes how long it took if this exit is timed.
+    fn timed<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let since = self.sampler.begin();
+        let result = work(self);
+        self.sampler.handled(since);
+        result
     }
 
     fn port_out(&mut self, port: u16, size: u8, count: u32, value: u32) -> Result<Flow> {
@@ -286,20 +306,19 @@ impl<'a> Seat<'a> {
             self.count(ExitKind::PortWrite);
             return Ok(Flow::Continue);
         };
-        self.machine.stats.count_hypercall(self.number, call.kind());
+        self.count_hypercall(call.kind());
         let rdi = if call.needs_rdi() { self.context().cpu.registers()?.general[RDI] } else { 0 };
         self.call(PendingCall { call, port, was_caught: false, data: value, size: usize::from(size), rdi, progress: 0 })
     }
 
     /// String output. Bytes for the console are text like any other; no other port takes strings.
     fn string_out(&mut self, port: u16, size: u8) -> Result<Flow> {
-        let machine = self.machine;
         let mut flow = Flow::Continue;
         match hypercall::identify(port) {
             Some(call) if call.kind() == hypercall::Kind::SerialWriteByte && size == 1 => {
                 let text = self.context().cpu.io_data().to_vec();
                 for byte in text {
-                    machine.stats.count_hypercall(self.number, call.kind());
+                    self.count_hypercall(call.kind());
                     let data = byte.into();
                     flow = self.call(PendingCall {
                         call,
@@ -334,6 +353,7 @@ impl<'a> Seat<'a> {
             return self.caught(pending.port, true);
         }
         let watched = self.snapshot()?;
+        let since = self.sampler.begin();
         let cpu = &mut self.context().cpu;
         let mut mode: Option<Option<PagingMode>> = None;
         let mut translate = |address: u64| {
@@ -357,6 +377,7 @@ impl<'a> Seat<'a> {
             self.note_changes(watched, &written)?;
             outcome
         };
+        self.sampler.handled(since);
         match outcome {
             Outcome::Done if is_caught => self.caught(pending.port, false),
             Outcome::Done => Ok(Flow::Continue),

@@ -34,7 +34,7 @@ use crate::memory::GuestMemory;
 use crate::stats::Stats;
 use crate::vcpu::{self, Context};
 
-pub use config::{Config, DEFAULT_MEMORY, SoftConfig, ThreadWrapper};
+pub use config::{Config, DEFAULT_MEMORY, Measure, SoftConfig, ThreadWrapper};
 pub(crate) use console::CONSOLE_PORT;
 
 /// A built machine.

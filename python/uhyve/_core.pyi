@@ -15,6 +15,8 @@ __all__ = [
     "Memory",
     "Registers",
     "__version__",
+    "bench_clock",
+    "bench_floor",
     "choose_backend",
     "evaluate_condition",
     "probe_kvm",
@@ -30,6 +32,12 @@ CONDITION_OPCODES: Final[dict[str, int]]
 """The opcodes of conditions by name."""
 CONDITION_REGISTERS: Final[dict[str, int]]
 """The registers of conditions by name, with the numbers that bytecode uses."""
+
+def bench_clock() -> dict[str, Any]:
+    """The clock of all measurements: ``source``, ``invariant``, ``kernel``, ``ticks_per_ns``, and what it costs."""
+
+def bench_floor(backend: str, kind: str, count: int, skip: int, cpu: int | None = None) -> list[tuple[float, int]]:
+    """Times exits without any VMM; nanoseconds and how often each was seen. ``cpu``: the host CPU to do it on."""
 
 def choose_backend(name: str) -> tuple[str, str]:
     """The back end that a VM with ``backend=name`` gets, ``"kvm"`` or ``"soft"``, and why, in words.
@@ -73,6 +81,9 @@ class Image:
     @staticmethod
     def demo() -> Image:
         """The guest that is part of the package."""
+    @staticmethod
+    def bench() -> Image:
+        """The guest of ``uhyve bench``."""
     @property
     def name(self) -> str:
         """Its path, or the name that it was given."""
@@ -184,6 +195,17 @@ class Machine:
         """What was captured of the console, and whether the limit cut it."""
     def stats(self) -> list[dict[str, dict[str, int]]]:
         """Each vCPU's ``exits`` and ``hypercalls`` by kind, those that aren't 0."""
+    def latencies(self) -> list[dict[str, dict[str, dict[str, float]]]]:
+        """How long each vCPU's timed exits took: reason, part, and its numbers in nanoseconds."""
+    def latency_buckets(self) -> list[dict[str, dict[str, list[tuple[float, int]]]]]:
+        """The same as nanoseconds and how often each was seen."""
+    def restart_sampling(self, every: int, skip: int = 0) -> None:
+        """Forgets what was timed, and times one exit in ``every`` from each vCPU's next resume on."""
+    def time_stops(self, rounds: int, seconds: float) -> list[tuple[float, float, float, float]]:
+        """Resumes and stops the stopped world.
+
+        Nanoseconds to the first and the last vCPU's park, to the caller's wake-up, and for the resume before.
+        """
     @property
     def cpus(self) -> int:
         """The number of vCPUs."""

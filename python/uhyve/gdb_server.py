@@ -123,7 +123,7 @@ class Bridge:
 
     def _merged(self, wishes: list[Accept | Refuse]) -> Wish:
         """Several wishes as one: all of them hold."""
-        from uhyve.debugger import _condition_parts
+        from uhyve.breakpoint import condition_parts
 
         for wish in wishes:
             if isinstance(wish, Refuse):
@@ -131,7 +131,7 @@ class Bridge:
         accepted = [wish for wish in wishes if isinstance(wish, Accept)]
         texts = [wish.condition for wish in accepted if isinstance(wish.condition, str)]
         text = " and ".join(f"({text})" for text in texts) if len(texts) > 1 else "".join(texts) or None
-        compiled, _ = _condition_parts(self._debugger._machine, text)
+        compiled, _ = condition_parts(self._debugger._machine, text)
         chosen = {wish.vcpu for wish in accepted if wish.vcpu is not None}
         if len(chosen) > 1:
             raise ValueError(f"a breakpoint is for one vCPU or for all, not for {sorted(chosen)}")

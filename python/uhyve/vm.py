@@ -118,8 +118,8 @@ class VcpuStats(Record):
 class VmStats(Record):
     """What a VM did, vCPU by vCPU. ``str()`` gives a table for people."""
 
-    __slots__ = ("backend", "seconds", "vcpus")
-    __match_args__ = _fields = ("vcpus", "backend", "seconds")
+    __slots__ = ("backend", "latencies", "seconds", "vcpus")
+    __match_args__ = _fields = ("vcpus", "backend", "seconds", "latencies")
 
     vcpus: tuple[VcpuStats, ...]
     """The counters of each vCPU, by number."""
@@ -128,8 +128,21 @@ class VmStats(Record):
     seconds: float
     """Time from the start to the end of the run, or to now."""
 
-    def __init__(self, vcpus: Iterable[VcpuStats], backend: str, seconds: float) -> None:
-        self._fill(tuple(vcpus), backend, seconds)
+    latencies: tuple[dict[str, dict[str, dict[str, float]]], ...]
+    """How long each vCPU's exits took, of a sample (the keyword ``sampling`` of ``Vm``): by reason, and by part.
+
+    ``run`` is the time in the guest, ``vmm`` outside of it; that is ``dispatch``, ``handler`` and ``script``. Each has
+    ``count``, ``min``, ``p50``, ``p90``, ``p99``, ``p999``, ``max`` and ``mean``, in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        vcpus: Iterable[VcpuStats],
+        backend: str,
+        seconds: float,
+        latencies: Iterable[dict[str, dict[str, dict[str, float]]]] = (),
+    ) -> None:
+        self._fill(tuple(vcpus), backend, seconds, tuple(latencies))
 
     @property
     def exits(self) -> dict[str, int]:
@@ -160,6 +173,15 @@ class VmStats(Record):
                 lines += [
                     f"  {name:<22}" + "".join(f"{column.get(name, 0):>12,}" for column in columns) for name in total
                 ]
+        if any(self.latencies):
+            lines.append(
+                f"{'µs outside of the guest':<24}" + "".join(f"{h:>12}" for h in ("p50", "p99", "max", "timed"))
+            )
+        for number, reasons in enumerate(self.latencies):
+            for reason, parts in reasons.items():
+                found = parts["vmm"]
+                times = "".join(f"{found[name] / 1000:>12.2f}" for name in ("p50", "p99", "max"))
+                lines.append(f"  {f'vCPU {number} {reason}':<22}{times}{found['count']:>12,.0f}")
         return "\n".join(lines)
 
 
@@ -214,7 +236,7 @@ def _sum(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def stats_of(machine: Machine) -> VmStats:
     """The counters of a machine, running or not."""
     counters = (VcpuStats(vcpu["exits"], vcpu["hypercalls"]) for vcpu in machine.stats())
-    return VmStats(counters, machine.backend, machine.elapsed)
+    return VmStats(counters, machine.backend, machine.elapsed, machine.latencies())
 
 
 def result_of(machine: Machine, code: int) -> VmResult:
@@ -299,6 +321,8 @@ class Vm:
         Landlock on the vCPU threads: ``"none"``, ``"normal"`` (what the kernel has) or ``"strict"`` (all, or an error).
     ``io_mode``
         How host files are opened: None, ``"direct"``, ``"sync"`` or ``"direct,sync"``.
+    ``sampling``
+        One exit in so many, at random, is timed for ``VmStats.latencies``; 1: all of them, 0: none.
 
     Raises ``ImageError``, and ``ConfigError`` or ``TypeError`` for a keyword that isn't right. What only a start can
     find out (the image's wishes, the host's limits) is raised by the start.
@@ -336,6 +360,7 @@ class Vm:
         tempdir: StrPath | None = None,
         file_isolation: Literal["none", "normal", "strict"] = "none",
         io_mode: str | None = None,
+        sampling: int = 64,
     ) -> None:
         direct, sync = _io_mode(io_mode)
         self._host_environment = env == "host"
@@ -362,6 +387,9 @@ class Vm:
             "file_isolation": _choice("file_isolation", file_isolation, ("none", "normal", "strict")),
             "io_direct": direct,
             "io_sync": sync,
+            "sampling": _number("sampling", sampling, 0, 1 << 31),
+            "sampling_skip": 0,
+            "firmware_exits": False,
         }
         self._image = _image(image)
         self._lock = threading.RLock()
@@ -593,11 +621,11 @@ def _image(image: StrPath | bytes | Image) -> Image:
     raise TypeError(f"an image is a path, bytes or an Image, not {type(image).__name__}")
 
 
-def _number(what: str, value: int, minimum: int) -> int:
+def _number(what: str, value: int, minimum: int, limit: int = 1 << 63) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{what} must be an integer, not {value!r}")
     number = value.__index__()
-    if not minimum <= number < 1 << 63:
+    if not minimum <= number < limit:
         raise ConfigError(f"{what} is {number}; it must be {minimum} or more")
     return number
 

@@ -23,6 +23,8 @@ pub struct MachineOptions {
     pub cpu_pm: bool,
     /// Ports (and bytes a write) whose writes may be queued instead of leaving the guest one by one.
     pub coalesced_ports: Vec<(u16, u32)>,
+    /// Put no memory where firmware tables would be: accesses leave the guest.
+    pub firmware_exits: bool,
     /// What only the software back end has to choose.
     pub soft: soft::machine::SoftOptions,
 }

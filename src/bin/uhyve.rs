@@ -160,6 +160,7 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
         soft: SoftConfig::default(),
         debugging: false,
         wrapper: None,
+        measure: Default::default(),
     })
 }
 

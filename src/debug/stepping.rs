@@ -230,12 +230,14 @@ impl Seat<'_> {
             };
             self.context().cpu.step_aside();
             let engine = &self.machine.engine;
+            let since = self.sampler.begin();
             let verdict = self.unlocked(|| {
                 engine.outside(hit.vcpu, || {
                     let _inside = vcpu::enter_callback(&alive);
                     predicate.evaluate(&hit)
                 })
             });
+            self.sampler.called(since);
             match verdict {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),

@@ -36,6 +36,13 @@ impl PyImage {
             .map(|image| Self { inner: Arc::new(image) })
     }
 
+    /// The guest of `uhyve bench`.
+    #[staticmethod]
+    fn bench(py: Python<'_>) -> PyResult<Self> {
+        detached(py, || Image::from_bytes("bench", crate::demo::BENCH.to_vec()))
+            .map(|image| Self { inner: Arc::new(image) })
+    }
+
     #[getter]
     fn name(&self) -> &str {
         self.inner.name()

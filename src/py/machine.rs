@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::{PyBytes, PyDict, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 
+use super::bench;
 use super::breakpoint::{CompiledParts, PyBreakpoint, program, watched};
 use super::callbacks::{self, Callbacks, PyPredicate, Raised};
 use super::errors::{crashed, detached, to_python};
@@ -25,7 +26,8 @@ use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
 use crate::isolation::{IoMode, Source};
 use crate::memory::Backing;
-use crate::vm::{Config, Machine, SoftConfig, ThreadWrapper};
+use crate::stats::latency::Sampling;
+use crate::vm::{Config, Machine, Measure, SoftConfig, ThreadWrapper};
 
 /// A VM from its start to its end.
 #[pyclass(name = "Machine", frozen, module = "uhyve._core")]
@@ -68,6 +70,9 @@ struct Arguments {
     quantum: Option<u64>,
     clock: Option<String>,
     debugging: bool,
+    sampling: u32,
+    sampling_skip: u32,
+    firmware_exits: bool,
 }
 
 fn output(py: Python<'_>, arguments: &Arguments, callbacks: &Arc<Callbacks>) -> PyResult<Output> {
@@ -243,6 +248,10 @@ impl PyMachine {
             soft,
             debugging: arguments.debugging,
             wrapper: Some(thread_wrapper()),
+            measure: Measure {
+                sampling: Sampling { every: arguments.sampling, skip: arguments.sampling_skip },
+                firmware_exits: arguments.firmware_exits,
+            },
         };
         let machine = detached(py, || Machine::start(config))?;
         Ok(Self { machine, callbacks })
@@ -505,6 +514,36 @@ impl PyMachine {
                 Ok(dict)
             })
             .collect()
+    }
+
+    /// How long the exits of each vCPU took that were timed: reason, part (`total`, `run`, `vmm`, `dispatch`, `handler`,
+    /// `script`), and its count, min, p50, p90, p99, p999, max and mean in nanoseconds.
+    fn latencies<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let machine = self.machine()?;
+        bench::summaries(py, py.detach(|| machine.stats.latencies.snapshot()))
+    }
+
+    /// The same as values in nanoseconds and how often each was seen.
+    fn latency_buckets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let machine = self.machine()?;
+        bench::buckets(py, py.detach(|| machine.stats.latencies.snapshot()))
+    }
+
+    /// Forgets what was timed. From each vCPU's next resume on, one exit in `every` is timed, behind `skip`.
+    #[pyo3(signature = (every, skip = 0))]
+    fn restart_sampling(&self, every: u32, skip: u32) -> PyResult<()> {
+        self.machine()?.stats.latencies.restart(Sampling { every, skip });
+        Ok(())
+    }
+
+    /// Resumes the stopped world, stops it again after `seconds`, `rounds` times: nanoseconds until the first and the
+    /// last vCPU had come to its safe point, until the caller was told, and for the resume before.
+    fn time_stops(&self, py: Python<'_>, rounds: u32, seconds: f64) -> PyResult<Vec<(f64, f64, f64, f64)>> {
+        let machine = self.machine()?;
+        let between = Duration::try_from_secs_f64(seconds)
+            .map_err(|_| to_python(py, Error::Config(format!("{seconds} is not a number of seconds"))))?;
+        let found = detached(py, || crate::bench::stops::measure(machine, rounds, between))?;
+        Ok(found.into_iter().map(|t| (t.first, t.last, t.stop, t.resume)).collect())
     }
 
     #[getter]

@@ -1,6 +1,7 @@
 //! The Python module `uhyve._core`. Nothing outside of this folder knows Python. Classes are few, frozen and `Sync`; the
 //! package's Python half gives them their public shape.
 
+mod bench;
 mod breakpoint;
 mod callbacks;
 mod condition;
@@ -27,6 +28,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<registers::PyRegisters>()?;
     module.add_class::<memory::PyMemory>()?;
     module.add_class::<gdb::PyGdbServer>()?;
+    module.add_function(wrap_pyfunction!(bench::bench_clock, module)?)?;
+    module.add_function(wrap_pyfunction!(bench::bench_floor, module)?)?;
     module.add_function(wrap_pyfunction!(probe::choose_backend, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_soft, module)?)?;

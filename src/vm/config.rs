@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::isolation::landlock::FileIsolation;
 use crate::isolation::{IoMode, Source};
 use crate::memory::Backing;
+use crate::stats::latency::Sampling;
 
 /// RAM of a VM whose user and image don't say.
 pub const DEFAULT_MEMORY: u64 = 64 << 20;
@@ -62,6 +63,17 @@ pub struct Config {
     pub debugging: bool,
     /// Wraps vCPU threads.
     pub wrapper: Option<ThreadWrapper>,
+    /// What is measured.
+    pub measure: Measure,
+}
+
+/// What a VM tells of its own speed, and what it does so that there is something to measure.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Measure {
+    /// Which exits are timed.
+    pub sampling: Sampling,
+    /// Accesses to the firmware area leave the guest, as those to a device's memory do.
+    pub firmware_exits: bool,
 }
 
 /// What a user chooses of the software back end.

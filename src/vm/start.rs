@@ -49,14 +49,17 @@ impl Machine {
         let layout = Layout::plan(&image, memory_size, tree, config.aslr, &mut chance)?;
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
         // Bursts are for one vCPU, whose memory no other changes meanwhile, and leave hits and steps to KVM. They need an
-        // exit to begin with, where the queue makes none.
+        // exit to begin with, where the queue makes none. Who times each exit wants to see it.
         let is_native = choice.name == "kvm" && backend::kvm::probe::is_native()?;
-        let has_bursts = is_native && cpus == 1 && !debugging;
+        let is_timed = config.measure.sampling.every == 1;
+        let has_bursts = is_native && cpus == 1 && !debugging && !is_timed;
         let mut coalesced_ports = vec![(pci::ADDRESS, 4)];
         if !has_bursts {
             coalesced_ports.push((CONSOLE_PORT, 1));
         }
-        let options = MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, soft };
+        let firmware_exits = config.measure.firmware_exits;
+        let options =
+            MachineOptions { cpus, pit: config.pit, cpu_pm: config.cpu_pm, coalesced_ports, firmware_exits, soft };
         let backend = match backend::open(choice.name, &memory, &options) {
             Err(error) if config.backend == "auto" && choice.name == "kvm" => {
                 log::info!("back end soft: KVM is there, and fails: {error}");
@@ -75,7 +78,7 @@ impl Machine {
             layout,
             services,
             console,
-            stats: Stats::new(cpus),
+            stats: Stats::new(cpus, config.measure.sampling),
             pci: Pci::default(),
             engine: Engine::new(cpus, debugging),
             table: RwLock::new(Table::default()),

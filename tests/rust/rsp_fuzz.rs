@@ -206,6 +206,7 @@ impl Maker {
             soft: SoftConfig::default(),
             debugging: true,
             wrapper: None,
+            measure: Default::default(),
         })?;
         machine.wait(Some(Instant::now() + SOON), &mut || Ok::<(), Error>(()))?.unwrap();
         let (pc, mode) = machine.with_vcpu(0, |context| {

@@ -271,6 +271,25 @@ def demo(memory_size: str, cpu_count: int) -> None:
         click.echo(f"{stop}; {requests.hits} of {requests.reached} requests met the condition, which Rust evaluated.")
 
 
+class _Bench(click.Command):
+    """``uhyve bench``, whose module is imported when it is asked for."""
+
+    def main_command(self) -> click.Command:
+        """The command itself."""
+        from uhyve.bench.command import bench
+
+        return bench
+
+    def make_context(self, *arguments: Any, **keywords: Any) -> click.Context:
+        return self.main_command().make_context(*arguments, **keywords)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return self.main_command().invoke(ctx)
+
+
+cli.add_command(_Bench("bench", short_help="Measures what an exit costs here."))
+
+
 # How the command ends.
 
 

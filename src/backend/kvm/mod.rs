@@ -102,7 +102,9 @@ impl KvmBackend {
             _firmware: Vec::new(),
         };
         backend.map(0, memory, 0)?;
-        backend.map_firmware(memory)?;
+        if !options.firmware_exits {
+            backend.map_firmware(memory)?;
+        }
         backend.enable(
             Cap::X2ApicApi as u32,
             u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),

@@ -1,0 +1,50 @@
+"""The command ``uhyve bench``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TextIO
+
+import click
+
+__all__ = ["bench"]
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Under 20 seconds.")
+@click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "kvm", "soft"]))
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option(
+    "--fail-if", "limits", multiple=True, metavar="'CASE.METRIC>N'", help="End with 1 if so. May be repeated."
+)
+@click.option("--compare", "other", type=click.File(), metavar="OLD.json", help="What has changed since that report.")
+@click.argument("cases", nargs=-1)
+def bench(
+    cases: tuple[str, ...], quick: bool, backend: str, as_json: bool, limits: tuple[str, ...], other: TextIO | None
+) -> None:
+    """Measures what an exit costs here: all CASES, or those that are named."""
+    from uhyve.bench import CASES, compare, holds, run
+
+    known = [case.name for case in CASES]
+    for name in cases:
+        if name not in known:
+            raise click.UsageError(f"there is no case {name!r}; there are {', '.join(known)}")
+    show = sys.stderr.isatty()
+    report = run(
+        cases,
+        backend=backend,
+        quick=quick,
+        progress=lambda title: click.echo(f"\r\x1b[K{title} …", nl=False, err=True) if show else None,
+    )
+    if show:
+        click.echo("\r\x1b[K", nl=False, err=True)
+    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
+    if other is not None:
+        for change in compare(report, json.load(other)):
+            click.echo(str(change), err=as_json)
+    broken = [limit for limit in limits if holds(report, limit)]
+    for limit in broken:
+        click.echo(f"uhyve: {limit} is true", err=True)
+    if broken:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,98 @@
+"""The benchmark as a tool: what it reports, not how fast this machine is."""
+
+import importlib.resources
+import json
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+
+import uhyve
+from uhyve import bench
+
+
+def _result(**changes):
+    summary = dict.fromkeys(("count", "min", "p50", "p90", "p99", "p999", "max", "mean"), 100.0)
+    fields = {"name": "pio", "title": "port out", "summary": summary, "ratio": 1.02, "interval": (1.0, 1.04)}
+    return bench.Result(**fields | {"limit": 1.05} | changes)
+
+
+def _report(*results):
+    clock = {"source": "tsc", "cost_p50_ns": 9.0}
+    return bench.Report("0", "soft", True, 1.0, {}, clock, list(results), {"ipi": "one CPU"})
+
+
+def test_condition_on_a_metric_is_judged_by_its_value():
+    report = _report(_result())
+
+    assert bench.holds(report, "pio.ratio>1.01")
+    assert not bench.holds(report, "pio.ratio > 1.1")
+    assert bench.holds(report, "pio.p99<=100")
+
+
+@pytest.mark.parametrize("text", ["pio.ratio", "nothing.p50>1", "pio.none>1", "ipi.p50>1"])
+def test_condition_that_makes_no_sense_raises_config_error(text):
+    with pytest.raises(uhyve.ConfigError):
+        bench.holds(_report(_result()), text)
+
+
+def test_floor_that_moved_between_the_halves_is_told():
+    report = _report(_result(floors=[100.0, 101.0, 100.0, 120.0, 121.0]))
+
+    assert "moved by 2" in report.warnings()[0]
+    assert report.as_dict()["warnings"] == report.warnings()
+    assert "doubtful" in str(report)
+
+
+def test_limit_that_is_passed_is_told_in_table_and_json():
+    report = _report(_result(ratio=1.2))
+
+    assert report.as_dict()["results"][0]["held"] is False
+    assert "NOT held" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "verdict"),
+    [
+        ([110.0, 111.0, 112.0], "slower"),
+        ([90.0, 91.0, 90.0], "faster"),
+        ([100.0, 101.0, 99.0], "same"),
+        ([80.0, 100.0, 130.0], "unclear"),
+    ],
+)
+def test_comparison_with_an_older_report_gives_a_verdict_by_the_noise(rounds, verdict):
+    old = _report(_result(rounds=[100.0, 100.0, 101.0], floors=[50.0, 50.0, 50.5])).as_dict()
+
+    (change,) = bench.compare(_report(_result(rounds=rounds, floors=[50.0, 50.0, 50.0])), old)
+
+    assert change.verdict == verdict
+
+
+def test_comparison_with_another_format_raises_config_error():
+    with pytest.raises(uhyve.ConfigError, match="format"):
+        bench.compare(_report(_result()), {"schema": "other"})
+
+
+def test_bench_of_the_software_cpu_tells_percentiles_parts_and_ratio():
+    report = bench.run(["pio", "mmio_read", "serial_byte", "write_4k", "stop_2"], backend="soft", quick=True)
+
+    assert "answers this itself" in report.skipped["mmio_read"]
+    assert [result.name for result in report.results] == ["pio", "serial_byte", "write_4k", "stop_2"]
+    for result in report.results[:3]:
+        summary = result.summary
+        assert 0 < summary["min"] <= summary["p50"] <= summary["p99"] <= summary["max"]
+        assert {"run", "dispatch"} <= set(result.parts)
+    assert report.metric("pio.ratio") > 0.5
+    assert "handler" in report.results[1].parts
+
+
+def test_command_with_json_and_a_limit_that_is_passed_ends_with_1():
+    words = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", "--json", "pio"]
+
+    done = subprocess.run([*words, "--fail-if", "pio.ratio>0.001"], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1, done.stderr
+    schema = json.loads(importlib.resources.files(bench).joinpath("schema.json").read_text())
+    jsonschema.validate(json.loads(done.stdout), schema)
+    assert "pio.ratio>0.001 is true" in done.stderr
