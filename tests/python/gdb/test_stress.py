@@ -221,14 +221,15 @@ class RspSession(Session):
                 return self.wait()
 
     def step_over(self, thread: str) -> Stop:
-        """As gdb does it: without its breakpoints, the others held."""
+        """As gdb does it: without its breakpoints, but with its watchpoints, the others held."""
         own = {int(thread[3:], 16) - 1}
-        for key, interest in self.own.items():
+        lifted = {key: interest for key, interest in self.own.items() if key[1] != 2}
+        for key, interest in lifted.items():
             self.stub.remove(**self.packet(key))
             self.book.change(interest, False, vcpus=own)
         stop = self.step(f"s:{thread}")
         if stop.reason != "exit":
-            for key, interest in self.own.items():
+            for key, interest in lifted.items():
                 self.stub.insert(**self.packet(key), conditions=self.conditions[key])
                 self.book.change(interest, True, vcpus=own)
         return stop
