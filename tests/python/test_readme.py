@@ -23,7 +23,7 @@ EXPECTED = {
     "sys_open": "Hostname: changed",
     "log::__private_api_log": "41 calls of log::__private_api_log until exit code 0",
     "on_request": "after 7 requests",
-    "Combined(Large()": "no client",
+    "KeepOut(": "no client",
 }
 SERVED = [block for block in BLOCKS if "server.wait" in block]
 SESSIONS = re.findall(r"```\n((?:\(gdb\) .*\n)+)```", README)

@@ -71,6 +71,7 @@ fn start(image: &Arc<Image>, backend: &str) -> Result<Arc<Machine>> {
         soft: Default::default(),
         debugging: true,
         wrapper: None,
+        measure: Default::default(),
     })?;
     machine.wait(Some(Instant::now() + Duration::from_secs(30)), &mut || Ok::<(), Error>(()))?;
     Ok(machine)
