@@ -305,7 +305,7 @@ impl Target for GdbTarget {
     }
 
     fn support_section_offsets(&mut self) -> Option<ext::section_offsets::SectionOffsetsOps<'_, Self>> {
-        self.machine.image.is_relocatable().then_some(self as _)
+        Some(self)
     }
 
     fn support_target_description_xml_override(

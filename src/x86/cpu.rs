@@ -83,6 +83,8 @@ pub enum CpuExit {
 
 /// The most instructions between two looks at the flag and at interrupts.
 const SLICE: u64 = 8192;
+/// Exceptions in a row, without an instruction, that count as one.
+const STALLED: u32 = 16;
 
 /// What came before an instruction.
 enum Event {
@@ -106,6 +108,9 @@ pub struct Cpu {
     io_length: usize,
     /// What the last instruction also came to; told when the VMM has heard of its writes to devices.
     after: Option<CpuExit>,
+    /// The count of instructions at the last look, and how many looks have found no other.
+    progress: u64,
+    stalled: u32,
 }
 
 impl Cpu {
@@ -121,6 +126,8 @@ impl Cpu {
             io: [0; 8],
             io_length: 0,
             after: None,
+            progress: 0,
+            stalled: 0,
         }
     }
 
@@ -161,7 +168,20 @@ impl Cpu {
             if let Some(exit) = exit {
                 return exit;
             }
+            self.note_progress();
         }
+    }
+
+    /// Exceptions whose handlers begin with an exception may go on for ever without an instruction. They count, a few as
+    /// one, so that time goes by and a turn ends.
+    fn note_progress(&mut self) {
+        let instructions = &mut self.engine.core.state.instructions;
+        self.stalled = if *instructions == self.progress { self.stalled + 1 } else { 0 };
+        if self.stalled == STALLED {
+            self.stalled = 0;
+            *instructions += 1;
+        }
+        self.progress = *instructions;
     }
 
     /// Finishes the access that the last exit was about, without executing another instruction. `None` if nothing else

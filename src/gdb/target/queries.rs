@@ -70,6 +70,7 @@ impl Auxv for GdbTarget {
 }
 
 impl SectionOffsets for GdbTarget {
+    /// Zero for an image at fixed addresses: LLDB takes an image without offsets for one that is not loaded.
     fn get_section_offsets(&mut self) -> Result<Offsets<u64>, Infallible> {
         let bias = self.machine.layout.load_bias();
         Ok(Offsets::Sections { text: bias, data: bias, bss: Some(bias) })

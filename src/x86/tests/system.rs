@@ -164,6 +164,15 @@ fn test_fault_in_delivery_is_a_double_fault_and_then_a_shutdown() {
 }
 
 #[test]
+fn test_handler_that_begins_with_its_own_exception_does_not_keep_the_turn_for_ever() {
+    // ud2, and ud2 in the handler of #UD.
+    let mut rig = Rig::new(&[0x0f, 0x0b]);
+    rig.memory.write(HANDLERS + 16 * 6, &[0x0f, 0x0b]).unwrap();
+    assert_eq!(rig.cpu.run(&mut rig.board, 5), CpuExit::Budget);
+    assert_eq!((rig.cpu.instructions(), rig.rip()), (5, HANDLERS + 16 * 6));
+}
+
+#[test]
 fn test_ports_answered_by_the_platform_or_by_the_vmm() {
     // in al, 0x60; out 0x80, al; mov edx, 0x500; out dx, eax; in ax, dx; hlt
     let code = [0xe4, 0x60, 0xe6, 0x80, 0xba, 0, 5, 0, 0, 0xef, 0x66, 0xed, 0xf4];

@@ -235,7 +235,6 @@ def test_unix_socket_serves_the_real_gdb(serve: Callable[..., Served], tmp_path:
 
 
 @pytest.mark.real_lldb
-@pytest.mark.xfail(reason="the breakpoint that LLDB 14 sets is not met: the guest runs to its end")
 def test_lldb_attaches_breaks_steps_and_reads_registers(serve: Callable[..., Served], guest) -> None:
     image = guest("loop", pie=False, defines=())
     served = serve(image)
