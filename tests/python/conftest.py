@@ -62,14 +62,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test that is marked ``vm`` on each back end, or on the one that ``UHYVE_BACKEND`` names."""
     if metafunc.definition.get_closest_marker("vm"):
         chosen = os.environ.get("UHYVE_BACKEND")
-        metafunc.fixturenames.insert(0, "backend")
         metafunc.parametrize("backend", [chosen] if chosen else BACKENDS, indirect=True)
 
 
-@pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The back end that ``"auto"`` stands for in this test, in its child processes too."""
-    name: str = request.param
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The back end that ``"auto"`` stands for in this test, in its child processes too; None: not one that is marked."""
+    name: str | None = getattr(request, "param", None)
+    if name is None:
+        return None
     if name == "kvm" and (problem := _kvm_problem()):
         missing(problem, "UHYVE_REQUIRE_KVM")
     monkeypatch.setenv("UHYVE_BACKEND", name)

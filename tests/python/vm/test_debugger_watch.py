@@ -66,13 +66,13 @@ def test_watch_of_writes_sees_each_kind_of_write_with_old_and_new_value(ways: Vm
         assert (word.reached, word.hits, word.size) == (5, 5, 8)
 
 
-def test_watch_of_reads_sees_reads_alone(ways: Vm) -> None:
+def test_watch_of_reads_sees_reads_alone(ways: Vm, backend: str) -> None:
     with ways.debug() as dbg:
         word = dbg.watch("word", access="read")
-        kind = word.kind
+        by_register = backend == "kvm" and word.kind == "debug register"
         found = touches(dbg)
-        if kind == "debug register":
-            # The CPU does not tell reads from writes: one of the value that was there already is taken for a read.
+        if by_register:
+            # A real CPU does not tell reads from writes: one of the value that was there already is taken for a read.
             assert values(found.pop(2)) == [(0x1111, 0x1111)]
         assert {way: values(stops) for way, stops in found.items()} == {4: [(0x22001111, 0x22001111)]}
         assert found[4][0].access == "read"
