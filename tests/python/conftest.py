@@ -67,7 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """The back end that ``"auto"`` stands for in this test, in its child processes too; None: not one that is marked."""
+    """The back end that ``"auto"`` stands for in a marked test, in its child processes too."""
     name: str | None = getattr(request, "param", None)
     if name is None:
         return None
