@@ -1,8 +1,8 @@
 """The session that upstream's own test of its stub has, with a guest of ours and a stock gdb.
 
 ``break``, ``next``, ``print`` and ``set var`` of an integer and of a floating-point number, ``hbreak``, a register set
-before an instruction reads it, ``watch`` and ``awatch`` of a global of one byte, and the exit code, which tells that the
-guest itself has seen what gdb had set.
+before an instruction reads it, ``watch`` and ``awatch`` of a global of one byte, and the exit code, which tells that
+the guest itself has seen what gdb had set.
 """
 
 from __future__ import annotations
