@@ -378,6 +378,7 @@ class Vm:
             "quantum": None if quantum is None else _number("quantum", quantum, 1),
             "clock": None if clock is None else _choice("clock", clock, ("virtual", "host")),
             "aslr": bool(aslr),
+            "guest_address": None,
             "thp": bool(thp),
             "ksm": bool(ksm),
             "pit": bool(pit),
@@ -540,11 +541,17 @@ class Vm:
         return run.machine
 
     def _relaunch(self, machine: Machine, arguments: Sequence[str] | None) -> Machine:
-        """A fresh machine in the place of one that is being debugged; with ``arguments``, those of the application."""
+        """A fresh machine in the place of one that is being debugged; with ``arguments``, those of the application.
+
+        It has its RAM where the other had it: gdb, which expects that of ``run``, loses conditions otherwise.
+        """
+        changed: dict[str, object] = {"guest_address": machine.ram[0]}
+        if arguments is not None:
+            changed["args"] = list(arguments)
         self._release_machine(machine)
         run = _Run(debugging=True)
         try:
-            return self._launch(run, {} if arguments is None else {"args": list(arguments)})
+            return self._launch(run, changed)
         except BaseException:
             self._release(run)
             raise

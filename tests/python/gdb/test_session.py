@@ -254,3 +254,34 @@ def test_lldb_attaches_breaks_steps_and_reads_registers(serve: Callable[..., Ser
     assert f"rip = 0x{served.dbg.symbol('work'):016x}" in said
     assert "stop reason = instruction step into" in said
     assert "exited with status = 0" in said
+
+
+@pytest.mark.real_lldb
+@pytest.mark.parametrize("pie", [True, False])
+def test_lldb_unwinds_shows_variables_and_meets_breakpoints_that_it_sets_later(
+    serve: Callable[..., Served], guest, pie: bool
+) -> None:
+    image = guest("loop", pie=pie, defines=("COUNT=7",))
+    served = serve(image)
+    said = run_lldb(
+        [
+            f"gdb-remote {served.server.address}",
+            "breakpoint set -n work -c 'i == 3'",
+            "continue",
+            "bt",
+            "next",
+            "frame variable",
+            "breakpoint delete -f",
+            "breakpoint set -n print_dec",
+            "continue",
+            "breakpoint delete -f",
+            "continue",
+        ],
+        file=str(image),
+    )
+    assert re.search(r"frame #1: .*`guest_main.* at loop\.c:\d+", said.output), said
+    assert "frame #2: " in said
+    assert "(uint64_t) i = 3" in said
+    assert "(uint64_t) twice = 6" in said
+    assert "`print_dec(value=7)" in said
+    assert "exited with status = 0" in said
