@@ -41,12 +41,17 @@ COMMAND = ROOT / "data" / "scripts" / "uhyve"
 TARGET = ROOT / "target"
 
 
-@contextmanager
-def _native_command() -> Iterator[None]:
+def build_command() -> None:
+    """Builds the native command, in the place where cargo puts it."""
     build = ["cargo", "rustc", "--release", "--quiet", "--bin", "uhyve", "--target-dir", str(TARGET)]
     static = ["--", "-C", "target-feature=+crt-static"]
     if subprocess.run([*build, *static], cwd=ROOT, check=False, stderr=subprocess.DEVNULL).returncode:
         subprocess.run(build, cwd=ROOT, check=True)
+
+
+@contextmanager
+def _native_command() -> Iterator[None]:
+    build_command()
     script = COMMAND.read_bytes()
     try:
         COMMAND.unlink()
@@ -72,3 +77,7 @@ def build_editable(
     """Builds a wheel that refers to this folder, with the native command in it."""
     with _native_command():
         return maturin.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+if __name__ == "__main__":
+    build_command()
