@@ -6,8 +6,8 @@ Most decide about stops; ``Combined`` asks several, and the first that does not 
     server = dbg.serve_gdb(policy=policy)
 
 Only stops by breakpoints and watchpoints are passed over: steps, interrupts, the guest's end and crashes are reported.
-``Conditions`` and ``KeepOut`` decide about the breakpoints that gdb sets. A hit that a condition lets pass is much
-cheaper than a stop that a policy passes over, for which all vCPUs come to a halt.
+``Conditions`` and ``KeepOut`` decide about the breakpoints that gdb sets, ``HermitTasks`` names its threads. A hit that
+a condition lets pass is much cheaper than a stop that a policy passes over, for which all vCPUs come to a halt.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from abc import abstractmethod
 
 from uhyve.errors import BreakpointError
 from uhyve.gdb_policy import _ASKED, Accept, Decision, GdbPolicy, Refuse, _is_in
+from uhyve.hermit_tasks import HermitTasks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "Combined",
     "Conditions",
     "EveryNth",
+    "HermitTasks",
     "InFunction",
     "KeepOut",
     "LogAndContinue",

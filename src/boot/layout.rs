@@ -101,6 +101,12 @@ impl Layout {
         })
     }
 
+    /// The random number by which [`Layout::plan`] chooses this start of RAM.
+    pub fn chance_of(image: &Image, guest_address: u64) -> u64 {
+        let range = Place { image, memory_size: 0, boot_end: 0 }.address_range();
+        guest_address.saturating_sub(range.start) / LARGE_PAGE
+    }
+
     /// What to add, wrapping, to an address of the ELF file to get the address in the guest.
     pub fn load_bias(&self) -> u64 {
         self.load_bias

@@ -258,7 +258,7 @@ impl Engine {
             None => Stop {
                 others: Vec::new(),
                 reason: interrupt.unwrap_or(StopReason::Interrupt),
-                vcpu: last.map_or(0, |s| s.vcpu),
+                vcpu: interrupted(&state.seats, last.map_or(0, |s| s.vcpu)),
                 pc: 0,
                 number,
             },
@@ -581,6 +581,16 @@ impl Engine {
             self.kick_running(&state, None);
         }
     }
+}
+
+/// The vCPU of an interrupt, which none has found: the last stop's, unless it held. A client takes a stop of what it has
+/// not let go for the target's error.
+fn interrupted(seats: &[Seat], last: u32) -> u32 {
+    let holds = |seat: &Seat| seat.plan == Plan::Hold;
+    if !seats.get(last as usize).is_some_and(holds) {
+        return last;
+    }
+    (0..).zip(seats).find(|(_, seat)| !holds(seat)).map_or(last, |(n, _)| n)
 }
 
 /// A descriptor that wakes one waiter.

@@ -247,8 +247,8 @@ pub(crate) fn noticed(breakpoint: &Breakpoint, address: u64, write: Option<bool>
     let watch = breakpoint.watch.as_ref()?;
     let mut seen = watch.seen();
     let old = seen.replace(new.clone()).unwrap_or_else(|| new.clone());
-    // An instruction that reads and then writes may be told of by its read alone.
-    let write = write.unwrap_or(watch.access == WatchAccess::Write) || old != new;
+    // What was seen may be old where the CPU looks out for reads alone: it tells what it knows.
+    let write = write.unwrap_or(watch.access == WatchAccess::Write || old != new);
     watch.access.is_for(write).then_some(Touch { address, write, old, new })
 }
 
@@ -261,7 +261,11 @@ pub(crate) fn changed(
     is_written: impl Fn(usize) -> bool,
 ) -> Option<Touch> {
     let watch = breakpoint.watch.as_ref()?;
-    if old == new || !watch.access.is_for(true) {
+    if old == new {
+        return None;
+    }
+    *watch.seen() = Some(new.to_vec());
+    if !watch.access.is_for(true) {
         return None;
     }
     let differs = |n: &usize| old.get(*n) != new.get(*n) && is_written(*n);

@@ -24,7 +24,7 @@ use super::host_files::HostFiles;
 use super::policy::{Failure, Policy, ThreadInfo};
 use super::registers::{Amd64, Number, RegisterFile, VcpuState, target_description};
 use crate::debug::agent::AgentProgram;
-use crate::debug::engine::Plan;
+use crate::debug::engine::{Plan, Status};
 use crate::debug::stop::{Stop, StopReason};
 use crate::error::{Error, Result};
 use crate::paging::PagingMode;
@@ -120,8 +120,12 @@ impl GdbTarget {
         self.keep(failure);
     }
 
-    /// Looks at the threads anew: the one that the stop is about first.
+    /// Looks at the threads anew: the one that the stop is about first. A VM that is over has none.
     pub(super) fn refresh_threads(&mut self) {
+        if matches!(self.machine.engine.status(), Status::Ended(_)) {
+            self.threads.clear();
+            return;
+        }
         let stop = self.stop();
         let mut threads = match self.policy.as_ref().and_then(|policy| policy.threads()) {
             Some(Ok(threads)) => self.checked(threads),

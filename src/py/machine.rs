@@ -57,6 +57,7 @@ struct Arguments {
     output_limit: usize,
     backend: String,
     aslr: bool,
+    guest_address: Option<u64>,
     thp: bool,
     ksm: bool,
     pit: bool,
@@ -253,7 +254,7 @@ impl PyMachine {
                 firmware_exits: arguments.firmware_exits,
             },
         };
-        let machine = detached(py, || Machine::start(config))?;
+        let machine = detached(py, || Machine::start_at(config, arguments.guest_address))?;
         Ok(Self { machine, callbacks })
     }
 

@@ -28,6 +28,12 @@ use crate::vcpu::{self, Context};
 impl Machine {
     /// Builds a machine, loads its image, and starts its vCPU threads.
     pub fn start(config: Config) -> Result<Arc<Self>> {
+        Self::start_at(config, None)
+    }
+
+    /// The same, with RAM where it was in an earlier machine of the same configuration: a debugger that starts its
+    /// guest again finds everything where it was.
+    pub fn start_at(config: Config, guest_address: Option<u64>) -> Result<Arc<Self>> {
         let started = Instant::now();
         let (memory_size, cpus) = resources(&config)?;
         let Config { image, debugging, affinity, isolation, wrapper, .. } = &config;
@@ -43,6 +49,10 @@ impl Machine {
         if let Some(seed) = config.soft.seed {
             guest.boot_at(SEEDED_EPOCH);
             chance = Box::new(seeded(seed));
+        }
+        if let Some(address) = guest_address {
+            let again = Layout::chance_of(&image, address);
+            chance = Box::new(move || again);
         }
         let mut parameters = guest.parameters(cpus);
         let tree = boot::device_tree_size(&parameters)?;

@@ -262,6 +262,11 @@ impl Vcpu for SoftVcpu {
                     }
                 }
                 CpuExit::Platform if self.pauses => self.shared.end_slice(self.vcpu, executed, Pause::Turn),
+                CpuExit::SingleStep if self.pauses => {
+                    // Who steps through a wait for another vCPU gets to its end.
+                    self.shared.end_slice(self.vcpu, executed, Pause::Turn);
+                    return Ok(Exit::Debug(DebugEvent { single_step: true, ..quiet(self.cpu.registers().rip) }));
+                }
                 CpuExit::Budget | CpuExit::Platform => self.shared.end_slice(self.vcpu, executed, Pause::Slice),
                 CpuExit::Interrupted => {
                     self.shared.go_outside(self.vcpu, executed);

@@ -19,12 +19,18 @@ use gdbstub::target::ext::target_description_xml_override::TargetDescriptionXmlO
 use super::GdbTarget;
 use crate::gdb::host_files::copy_from;
 
-/// Any virtual address may be memory; which are, the guest's page tables say.
+/// Any virtual address may be memory; which are, the guest's page tables say. In quarters, since gdb takes the bytes from
+/// an address to its region's end for a signed number when a graphical front end asks it for memory, and ends if that is
+/// negative.
 const MEMORY_MAP: &str = "<?xml version=\"1.0\"?><!DOCTYPE memory-map PUBLIC \"+//IDN gnu.org//DTD GDB Memory Map V1.0//EN\" \
     \"http://sourceware.org/gdb/gdb-memory-map.dtd\"><memory-map>\
-    <memory type=\"ram\" start=\"0x0\" length=\"0xffffffffffffffff\"/></memory-map>";
-/// LLDB's name for the guest.
-const TRIPLE: &str = "x86_64-unknown-hermit";
+    <memory type=\"ram\" start=\"0x0\" length=\"0x4000000000000000\"/>\
+    <memory type=\"ram\" start=\"0x4000000000000000\" length=\"0x4000000000000000\"/>\
+    <memory type=\"ram\" start=\"0x8000000000000000\" length=\"0x4000000000000000\"/>\
+    <memory type=\"ram\" start=\"0xc000000000000000\" length=\"0x3fffffffffffffff\"/></memory-map>";
+/// LLDB's name for the guest. It unwinds nothing and shows no variable of an operating system whose calling convention
+/// it does not know, and Hermit's it does not; of an unknown one it takes System V's, which is Hermit's.
+const TRIPLE: &str = "x86_64-unknown-unknown";
 /// Types of the auxiliary vector (System V ABI, AMD64 supplement, 3.4.3).
 const AT_PAGESZ: u64 = 6;
 const AT_ENTRY: u64 = 9;
@@ -70,10 +76,17 @@ impl Auxv for GdbTarget {
 }
 
 impl SectionOffsets for GdbTarget {
-    /// Zero for an image at fixed addresses: LLDB takes an image without offsets for one that is not loaded.
+    /// By sections gdb would move `.text`, `.data` and `.bss` alone; where the first segment lies, all the others follow.
+    ///
+    /// Zero for an image at fixed addresses: LLDB takes an image without offsets for one that is not loaded, and a
+    /// segment's address for an offset.
     fn get_section_offsets(&mut self) -> Result<Offsets<u64>, Infallible> {
-        let bias = self.machine.layout.load_bias();
-        Ok(Offsets::Sections { text: bias, data: bias, bss: Some(bias) })
+        let image = &self.machine.image;
+        if !image.is_relocatable() {
+            return Ok(Offsets::Sections { text: 0, data: 0, bss: Some(0) });
+        }
+        let first = image.link_start().wrapping_add(self.machine.layout.load_bias());
+        Ok(Offsets::Segments { text_seg: first, data_seg: None })
     }
 }
 

@@ -32,6 +32,7 @@ SETTINGS = (
     "set history save off",
     "set remotetimeout 10",
     "set tcp connect-timeout 10",
+    "maintenance set internal-error corefile no",
 )
 """What makes gdb's output the same everywhere."""
 

@@ -420,12 +420,27 @@ def test_defect_17_bases_of_fs_and_gs_are_registers(serve: Callable[..., Served]
 def test_defect_18_offsets_are_those_of_the_load_address_and_none_for_fixed_images(
     serve: Callable[..., Served],
 ) -> None:
-    for served in (serve("loop"), serve("loop", build={"pie": False})):
-        said = served.rsp().request("qOffsets").decode()
-        offsets = {name: int(number, 16) for name, number in (field.split("=") for field in said.split(";"))}
+    moved, fixed = serve("loop"), serve("loop", build={"pie": False})
 
-        assert offsets == dict.fromkeys(("Text", "Data", "Bss"), served.dbg.load_bias)
-    assert served.dbg.load_bias == 0
+    assert (
+        moved.rsp().request("qOffsets") == f"TextSeg={moved.dbg.load_bias.to_bytes(8).lstrip(bytes(1)).hex()}".encode()
+    )
+    assert fixed.rsp().request("qOffsets") == b"Text=00;Data=00;Bss=00"
+    assert fixed.dbg.load_bias == 0
+
+
+@pytest.mark.real_gdb
+@pytest.mark.parametrize("pie", [True, False])
+def test_defect_18_every_section_of_the_image_is_where_gdb_looks_for_it(
+    serve: Callable[..., Served], pie: bool
+) -> None:
+    served = serve("hostile", build={"pie": pie})
+    names = ["guest_main", "odd_fds", "stacks"]
+
+    said = served.script(*(f"print &{name}" for name in names))
+
+    for name in names:
+        assert f"{served.dbg.symbol(name):#x} <{name}>" in said
 
 
 def test_defect_19_signals_and_unknown_threads_are_no_panic(serve: Callable[..., Served]) -> None:

@@ -276,3 +276,34 @@ def test_vector_registers_that_gdb_prints_and_sets_are_the_guests(serve: Callabl
         gdb.console("set $zmm1.v8_int64[5] = 66")
         gdb.console("set $k7 = 0x1234567887654321")
         assert (registers.zmm31, registers.zmm1, registers.k7) == (77 << 384, 66 << 320, 0x1234_5678_8765_4321)
+
+
+@pytest.mark.real_lldb
+@pytest.mark.parametrize("pie", [True, False])
+def test_lldb_unwinds_shows_variables_and_meets_breakpoints_that_it_sets_later(
+    serve: Callable[..., Served], guest, pie: bool
+) -> None:
+    image = guest("loop", pie=pie, defines=("COUNT=7",))
+    served = serve(image)
+    said = run_lldb(
+        [
+            f"gdb-remote {served.server.address}",
+            "breakpoint set -n work -c 'i == 3'",
+            "continue",
+            "bt",
+            "next",
+            "frame variable",
+            "breakpoint delete -f",
+            "breakpoint set -n print_dec",
+            "continue",
+            "breakpoint delete -f",
+            "continue",
+        ],
+        file=str(image),
+    )
+    assert re.search(r"frame #1: .*`guest_main.* at loop\.c:\d+", said.output), said
+    assert "frame #2: " in said
+    assert "(uint64_t) i = 3" in said
+    assert "(uint64_t) twice = 6" in said
+    assert "`print_dec(value=7)" in said
+    assert "exited with status = 0" in said
