@@ -21,7 +21,7 @@ $(VENV)/made: pyproject.toml
 
 dev: $(VENV)/made ## make the environment, build the extension (release) and install it in place
 	$(BIN)/maturin develop --release --quiet
-	cargo build --release --quiet --bin uhyve
+	$(BIN)/python tools/build_backend.py
 	install target/release/uhyve $(BIN)/uhyve
 
 demo: dev ## from a fresh machine to a guest that Python stops and reads

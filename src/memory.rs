@@ -147,13 +147,10 @@ impl GuestMemory {
         }
     }
 
-    /// Gives the pages back to the host; RAM reads as zeros from then on. For a VM that is over.
+    /// Gives the pages back to the host; RAM reads as zeros from then on. For a VM whose CPUs run no more.
     pub fn release(&self) {
         if let Err(error) = self.mapping.advise(libc::MADV_DONTNEED) {
             log::warn!("guest RAM can't be given back: {error}");
-        }
-        if let Some(code) = self.code.get() {
-            code.written(self.start, self.size);
         }
     }
 

@@ -35,8 +35,9 @@ from uhyve.errors import (
     UhyveError,
     VmStateError,
 )
+from uhyve.result import VcpuStats, VmResult, VmStats
 from uhyve.stop import Frame, Stop
-from uhyve.vm import VcpuStats, Vm, VmResult, VmStats
+from uhyve.vm import Vm
 
 __all__ = [
     "Breakpoint",

@@ -10,8 +10,8 @@ import time
 
 from uhyve.breakpoint import Breakpoint, condition_parts, unsigned
 from uhyve.errors import BreakpointError, TimeoutExpired, VmStateError
+from uhyve.result import result_of, stats_of, text_of
 from uhyve.stop import Frame, Stop, symbol_at
-from uhyve.vm import result_of, stats_of, text_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from uhyve.errors import GuestCrashError
     from uhyve.gdb_policy import GdbPolicy
     from uhyve.gdb_server import GdbServer
-    from uhyve.vm import Vm, VmResult, VmStats
+    from uhyve.result import VmResult, VmStats
+    from uhyve.vm import Vm
 else:
 
     def overload(function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uhyve.errors import VmStateError
-from uhyve.vm import Record
+from uhyve.result import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 //! exists, its structure is known to be sound.
 
 use std::fs::File;
-use std::io::Read;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -140,9 +141,33 @@ fn read_file(path: &Path) -> elf::Result<Arc<[u8]>> {
     if length == 0 {
         return Err(ImageError::Truncated { what: "the ELF header", needed: 64, available: 0 });
     }
-    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, length).collect();
-    File::open(path)?.read_exact(Arc::get_mut(&mut bytes).expect("nobody else has it yet"))?;
-    Ok(bytes)
+    let mut bytes = Arc::new_uninit_slice(length);
+    fill(&File::open(path)?, Arc::get_mut(&mut bytes).expect("nobody else has it yet"))?;
+    // SAFETY: all of it was filled.
+    Ok(unsafe { bytes.assume_init() })
+}
+
+/// Reads until `place` is full. Its pages are taken at once: one at a time, they cost more than the reading.
+fn fill(file: &File, place: &mut [MaybeUninit<u8>]) -> std::io::Result<()> {
+    const PAGE: usize = 4096;
+    let skipped = place.as_ptr().addr().wrapping_neg() % PAGE;
+    let whole = place.len().saturating_sub(skipped) / PAGE * PAGE;
+    // SAFETY: of whole pages that are ours alone, nothing but their presence changes. What can't do it leaves them.
+    unsafe { libc::madvise(place.as_mut_ptr().wrapping_byte_add(skipped).cast(), whole, libc::MADV_POPULATE_WRITE) };
+    let mut filled = 0;
+    while filled < place.len() {
+        let rest = &mut place[filled..];
+        // SAFETY: the kernel writes at most so many bytes there.
+        match unsafe { libc::read(file.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len()) } {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            read @ 1.. => filled += read.cast_unsigned(),
+            _ => match std::io::Error::last_os_error() {
+                error if error.kind() == std::io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -7,9 +7,22 @@ gives in the types of JSON (``SCHEMA`` names the version), and ``metric()`` by n
 
 from __future__ import annotations
 
-from uhyve.bench.cases import CASES, Case
+from uhyve.bench.cases import CASES, Bar, Case
 from uhyve.bench.compare import Change, compare
 from uhyve.bench.measure import run
-from uhyve.bench.report import SCHEMA, Report, Result, holds
+from uhyve.bench.report import SCHEMA, Exits, Report, Result, Verdict, holds
 
-__all__ = ["CASES", "SCHEMA", "Case", "Change", "Report", "Result", "compare", "holds", "run"]
+__all__ = [
+    "CASES",
+    "SCHEMA",
+    "Bar",
+    "Case",
+    "Change",
+    "Exits",
+    "Report",
+    "Result",
+    "Verdict",
+    "compare",
+    "holds",
+    "run",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TextIO
 
 import click
@@ -15,31 +16,60 @@ __all__ = ["bench"]
 @click.option("--quick", is_flag=True, help="Under 20 seconds.")
 @click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "kvm", "soft"]))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--exits", is_flag=True, help="Every reason of every vCPU, too.")
 @click.option(
     "--fail-if", "limits", multiple=True, metavar="'CASE.METRIC>N'", help="End with 1 if so. May be repeated."
 )
 @click.option("--compare", "other", type=click.File(), metavar="OLD.json", help="What has changed since that report.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw it: an .svg, .png or .html file. Needs uhyve[plot].",
+)
+@click.option("--list", "is_list", is_flag=True, help="Say which cases there are, and measure nothing.")
 @click.argument("cases", nargs=-1)
 def bench(
-    cases: tuple[str, ...], quick: bool, backend: str, as_json: bool, limits: tuple[str, ...], other: TextIO | None
+    cases: tuple[str, ...],
+    quick: bool,
+    backend: str,
+    as_json: bool,
+    exits: bool,
+    limits: tuple[str, ...],
+    other: TextIO | None,
+    plot: Path | None,
+    is_list: bool,
 ) -> None:
     """Measures what an exit costs here: all CASES, or those that are named."""
     from uhyve.bench import CASES, compare, holds, run
+    from uhyve.bench.plot import check, save
+    from uhyve.bench.table import show
 
+    if is_list:
+        for case in CASES:
+            click.echo(f"{case.name:<18} {case.title}")
+        return
     known = [case.name for case in CASES]
     for name in cases:
         if name not in known:
             raise click.UsageError(f"there is no case {name!r}; there are {', '.join(known)}")
-    show = sys.stderr.isatty()
+    if plot is not None:
+        check(plot)
+    is_seen = sys.stderr.isatty()
     report = run(
         cases,
         backend=backend,
         quick=quick,
-        progress=lambda title: click.echo(f"\r\x1b[K{title} …", nl=False, err=True) if show else None,
+        progress=lambda title: click.echo(f"\r\x1b[K{title} …", nl=False, err=True) if is_seen else None,
     )
-    if show:
+    if is_seen:
         click.echo("\r\x1b[K", nl=False, err=True)
-    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        show(report, sys.stdout, exits)
+    if plot is not None:
+        save(report, plot)
     if other is not None:
         for change in compare(report, json.load(other)):
             click.echo(str(change), err=as_json)

@@ -1,40 +1,40 @@
-"""Rounds of guests that alternate with the floor."""
+"""Rounds of cases that alternate with what they are compared with."""
 
 from __future__ import annotations
 
 import os
-import platform
 import random
 import statistics
-import struct
+import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from uhyve import Image, Vm, __version__, _core
+from uhyve import __version__, _core
 from uhyve.bench.cases import CASES, Case
-from uhyve.bench.report import Report, Result, quantile, summarize
-from uhyve.errors import UhyveError, VmStateError
-from uhyve.vm import _Run
+from uhyve.bench.facts import facts
+from uhyve.bench.report import Exits, Report, Result, Verdict, coarse, quantile, summarize
+from uhyve.bench.ways import Round, Ways, floor
+from uhyve.errors import UhyveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from uhyve.bench.cases import Bar
     from uhyve.bench.report import Buckets
-    from uhyve.debugger import Debugger
 
-__all__ = ["facts", "run"]
+__all__ = ["run"]
 
-_LONGEST: Final = 60.0
 _LEAST, _MOST = 50, 20_000
-_SELF_TIMED: Final = 50
-_STOPS: Final = 10
-_HITS: Final = 2000
-_FEWEST: Final = 3
-"""Rounds of a case, however slow the machine is."""
-_QUICK, _FULL = 12.0, 300.0
-"""Seconds for all cases together, before those that take longer than their share."""
+_QUICK, _FULL = 12.0, 240.0
+"""Seconds after which no round begins, but for each case's first."""
+_PROBE: Final = 200
+"""Exits of the floor at a time, by which a machine that has changed is known."""
+_PROBE_EVERY: Final = 8
+"""Cases between two of these."""
+
+Pool = dict[float, int]
 
 
 def run(
@@ -52,163 +52,143 @@ def run(
     backend = os.environ.get("UHYVE_BACKEND") or backend if backend == "auto" else backend
     name = _core.choose_backend(backend)[0]
     wanted = set(cases)
-    cpu = min(os.sched_getaffinity(0))
     report = Report(__version__, name, quick, 0.0, facts(), _core.bench_clock())
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         data = Path(folder, "data")
         data.write_bytes(bytes(1 << 20))
-        bench = _Bench(name, cpu, data, 0.02 if quick else 0.2, 5 if quick else 15)
         chosen = [case for case in CASES if not wanted or case.name in wanted]
-        end = start + (_QUICK if quick else _FULL)
-        for place, case in enumerate(chosen):
-            progress(case.title)
-            now = time.monotonic()
-            try:
-                report.results.append(bench.measure(case, now + (end - now) / (len(chosen) - place)))
-            except (UhyveError, OSError) as error:
-                report.skipped[case.name] = str(error)
+        bench = _Bench(name, data, quick, chosen, report)
+        bench.run(start + (_QUICK if quick else _FULL), progress)
     report.seconds = time.monotonic() - start
     return report
 
 
 class _Bench:
-    """One back end, one host CPU, so many seconds a batch, so many rounds."""
+    """Passes over all cases: each pass is one round of each, so that what changes with time changes for all."""
 
-    def __init__(self, backend: str, cpu: int, data: Path, batch: float, rounds: int) -> None:
-        self.backend, self.cpu, self.data, self.batch, self.rounds = backend, cpu, data, batch, rounds
-        probe = _core.bench_floor(backend, "port_out", 200, 50, cpu)
-        self.exit_ns = max(quantile(probe, 0.5), 1.0)
+    def __init__(self, backend: str, data: Path, quick: bool, cases: list[Case], report: Report) -> None:
+        self._backend, self._report = backend, report
+        self._cpu = min(os.sched_getaffinity(0))
+        self._ways = Ways(backend, self._cpu, data, 4 if quick else 10)
+        self._batch, self._rounds = (0.02, 5) if quick else (0.2, 15)
+        self._books = {case.name: _Book(case) for case in cases}
+        self._seen: dict[str, Round] = {}
+        self._probe()
+        self._exit_ns = max(report.floor[0], 1.0)
 
-    def measure(self, case: Case, end: float) -> Result:
-        """The rounds of a case: three at least, and none that begins after ``end``."""
-        count = min(_MOST, max(_LEAST, int(self.batch * 1e9 / (self.exit_ns * (1 + case.size / 4096)))))
-        # The limits are KVM's: the software CPU leaves in less time than a dispatch takes.
-        result = Result(case.name, case.title, {}, limit=case.limit if self.backend == "kvm" else 0.0)
-        pooled: dict[str, dict[float, int]] = {}
-        for number in range(self.rounds):
-            if number >= _FEWEST and time.monotonic() > end:
-                break
-            if case.floor:
-                floor = _core.bench_floor(self.backend, case.floor, count, count // 10, self.cpu)
-                result.floors.append(quantile(floor, 0.5))
-            parts = self._round(case, count)
-            result.rounds.append(quantile(parts["total"], 0.5))
-            for part, buckets in parts.items():
-                pool = pooled.setdefault(part, {})
-                for value, seen in buckets:
-                    pool[value] = pool.get(value, 0) + seen
-        summaries = {part: summarize(sorted(pool.items())) for part, pool in pooled.items()}
-        result.summary = summaries.pop("total")
-        result.parts = summaries
+    def run(self, end: float, progress: Callable[[str], object]) -> None:
+        """All passes; what was measured goes to the report."""
+        for number in range(self._rounds):
+            self._seen.clear()
+            self._ways.forget()
+            for place, book in enumerate(list(self._books.values())):
+                if number and time.monotonic() > end:
+                    break
+                progress(f"{number + 1}/{self._rounds} {book.case.title}")
+                if place % _PROBE_EVERY == _PROBE_EVERY - 1:
+                    self._probe()
+                self._round(book)
+        self._probe()
+        self._report.results = [book.result(self._backend) for book in self._books.values()]
+
+    def _round(self, book: _Book) -> None:
+        """One round of a case, behind one of what it is compared with."""
+        try:
+            beside = self._beside(book.case)
+            book.take(self._measured(book.case), beside)
+        except (UhyveError, OSError, subprocess.SubprocessError) as error:
+            self._report.skipped[book.case.name] = str(error)
+            del self._books[book.case.name]
+
+    def _measured(self, case: Case) -> Round:
+        if case.name not in self._seen:
+            self._seen[case.name] = self._ways.round(case, self._count(case))
+        return self._seen[case.name]
+
+    def _beside(self, case: Case) -> Buckets | None:
         if case.floor:
-            ratios = [ours / floor for ours, floor in zip(result.rounds, result.floors, strict=True)]
-            result.ratio = statistics.median(ratios)
-            result.interval = _bootstrap(ratios)
+            return floor(self._backend, case.floor, self._count(case), self._cpu)
+        if case.base:
+            return self._measured(next(other for other in CASES if other.name == case.base)).parts["total"]
+        return None
+
+    def _count(self, case: Case) -> int:
+        return min(_MOST, max(_LEAST, int(self._batch * 1e9 / (self._exit_ns * (1 + case.size / 4096)))))
+
+    def _probe(self) -> None:
+        self._report.floor.append(quantile(floor(self._backend, "port_out", _PROBE, self._cpu), 0.5))
+
+
+class _Book:
+    """The samples of all rounds of a case together."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._rounds: list[float] = []
+        self._floors: list[float] = []
+        self._parts: dict[str, Pool] = {}
+        self._exits: dict[tuple[int, str], dict[str, Pool]] = {}
+
+    def take(self, found: Round, beside: Buckets | None) -> None:
+        """A round, and what stands beside it."""
+        if beside is not None:
+            self._floors.append(quantile(beside, 0.5))
+            _pour(self._parts.setdefault("floor", {}), beside)
+        self._rounds.append(quantile(found.parts["total"], 0.5))
+        for part, buckets in found.parts.items():
+            _pour(self._parts.setdefault(part, {}), buckets)
+        for vcpu, reasons in enumerate(found.exits):
+            for reason, parts in reasons.items():
+                pools = self._exits.setdefault((vcpu, reason), {})
+                for part, buckets in parts.items():
+                    _pour(pools.setdefault(part, {}), buckets)
+
+    def result(self, backend: str) -> Result:
+        """All of it."""
+        total = sorted(self._parts["total"].items())
+        case, rounds, floors = self.case, self._rounds, self._floors
+        result = Result(case.name, case.title, summarize(total), rounds=rounds, floors=floors, histogram=coarse(total))
+        result.floor_name = case.base or case.floor
+        result.parts = {part: _summary(pool) for part, pool in self._parts.items() if part != "total"}
+        for (vcpu, reason), parts in sorted(self._exits.items()):
+            summaries = {part: _summary(pool) for part, pool in parts.items()}
+            histogram = coarse(sorted(parts["total"].items()))
+            result.exits.append(Exits(vcpu, reason, summaries.pop("total"), summaries, histogram))
+        if floors:
+            ratios = [ours / max(floor, 1e-3) for ours, floor in zip(rounds, floors, strict=True)]
+            result.ratio, result.interval = statistics.median(ratios), bootstrap(ratios)
+        if backend == "kvm":
+            result.bars = [_judged(bar, result) for bar in case.bars]
         return result
 
-    def _round(self, case: Case, count: int) -> dict[str, Buckets]:
-        match case.how:
-            case "told":
-                return {"total": self._told(case)}
-            case "stop":
-                return {"total": self._stops(case)}
-            case "hit":
-                return self._hits(case, min(count, _HITS))
-            case _:
-                return self._exits(case, count)
 
-    def _debugged(self, case: Case, count: int) -> Debugger:
-        words = [case.loop, str(count), "0"]
-        vm = Vm(Image.bench(), args=words, cpus=case.cpus, backend=self.backend, output="none", sampling=1)
-        return vm.debug()
-
-    def _stops(self, case: Case) -> Buckets:
-        """Stops of a world of which every vCPU runs."""
-        with self._debugged(case, 1) as dbg:
-            dbg._machine.time_stops(1, 0.02)
-            place = {"kick": 1, "stop": 2, "resume": 3}[case.part]
-            return [
-                (found[place], 1) for found in sorted(dbg._machine.time_stops(_STOPS, 0.001), key=lambda t: t[place])
-            ]
-
-    def _hits(self, case: Case, count: int) -> dict[str, Buckets]:
-        """A breakpoint that is met again and again and lets all go on."""
-        conditions: dict[str, Any] = {"bare": None, "compiled": "arg0 > 1000000000", "callable": lambda _: False}
-        with self._debugged(case, count) as dbg:
-            ignore = 1 << 40 if case.part == "bare" else 0
-            point = dbg.breakpoint("work", condition=conditions[case.part], ignore=ignore)
-            dbg._machine.restart_sampling(1, 10)
-            stop = dbg.cont(_LONGEST)
-            if stop.reason != "exit" or point.reached != count:
-                raise VmStateError(f"the breakpoint was met {point.reached} times of {count}: {stop}")
-            found = dbg._machine.latency_buckets()[0]
-        seen = [found[reason] for reason in ("debug", "unemulated") if reason in found]
-        return max(seen, key=lambda parts: sum(n for _, n in parts["total"]))
-
-    def _exits(self, case: Case, count: int) -> dict[str, Buckets]:
-        skip = count // 10 + 10
-        found, _ = self._run(case, count + skip, skip)
-        if case.reason not in found:
-            raise VmStateError(f"{self.backend} answers this itself: no exit {case.reason} was seen")
-        return found[case.reason]
-
-    def _told(self, case: Case) -> Buckets:
-        """What the guest has timed itself."""
-        _, output = self._run(case, _SELF_TIMED, 0)
-        khz, *ticks = struct.unpack(f"<{len(output) // 8}Q", output)
-        return [(tick * 1e6 / khz, 1) for tick in sorted(ticks)]
-
-    def _run(self, case: Case, count: int, skip: int) -> tuple[dict[str, dict[str, Buckets]], bytes]:
-        """A VM from its start to its end: what its first vCPU's exits took, and what it printed."""
-        clock: dict[str, Any] = {"clock": "host"} if self.backend == "soft" and not case.reason else {}
-        vm = Vm(
-            Image.bench(),
-            args=[case.loop, str(count), str(case.size)],
-            cpus=case.cpus,
-            backend=self.backend,
-            files={"/bench/data": self.data},
-            affinity=[self.cpu] if case.cpus == 1 else None,
-            output="none" if case.reason else "capture",
-            sampling=1,
-            **clock,
-        )
-        started = _Run(debugging=False)
-        try:
-            machine = vm._launch(started, {"sampling_skip": skip, "firmware_exits": case.firmware})
-            status = machine.wait(_LONGEST)
-            if status is None or status["ended"] != 0:
-                raise VmStateError(f"the guest ended with {status}")
-            machine.close()
-            return machine.latency_buckets()[0], machine.output()[0]
-        finally:
-            vm._release(started)
+def _pour(pool: Pool, buckets: Buckets) -> None:
+    for value, seen in buckets:
+        pool[value] = pool.get(value, 0) + seen
 
 
-def _bootstrap(values: list[float], draws: int = 1000) -> tuple[float, float]:
-    """The interval that holds the median of 95 % of samples drawn from these values."""
+def _summary(pool: Pool) -> dict[str, float]:
+    return summarize(sorted(pool.items()))
+
+
+def _judged(bar: Bar, result: Result) -> Verdict:
+    """A bar beside what was measured."""
+    if bar.what == "ratio" and result.ratio is not None and result.interval is not None:
+        return Verdict(bar.what, result.ratio, bar.limit, result.interval, len(result.rounds))
+    if bar.what == "tail":
+        value = result.summary["p99"] / max(result.summary["p50"], 1.0)
+        return Verdict(bar.what, value, bar.limit, (value, value), len(result.rounds))
+    floors = result.floors if bar.what == "more_ns" else [0.0] * len(result.rounds)
+    values = [ours - floor for ours, floor in zip(result.rounds, floors, strict=True)]
+    return Verdict(bar.what, statistics.median(values), bar.limit, bootstrap(values), len(values))
+
+
+def bootstrap(values: list[float], draws: int = 1000) -> tuple[float, float]:
+    """The interval that holds the median of 95 % of samples drawn from these values.
+
+    >>> bootstrap([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
     chance = random.Random(1)
     medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
     return medians[draws * 25 // 1000], medians[draws * 975 // 1000 - 1]
-
-
-def facts() -> dict[str, Any]:
-    """What of the machine matters for the numbers."""
-    cpu = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if "model name" in line]
-    weak = Path("/sys/devices/system/cpu/vulnerabilities")
-    return {
-        "cpu": cpu[0] if cpu else "",
-        "cpus": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "kvm": sorted(p.name for p in Path("/sys/module").glob("kvm*")),
-        "clocksource": _read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "mitigations": {p.name: _read(str(p)) for p in sorted(weak.glob("*"))},
-        "python": platform.python_version(),
-    }
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace").strip()
-    except OSError:
-        return ""

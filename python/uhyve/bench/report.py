@@ -1,7 +1,8 @@
-"""What was measured, as data, as JSON, and as a table."""
+"""What was measured, as data and as JSON."""
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 import statistics
@@ -10,13 +11,17 @@ from typing import Any, Final
 
 from uhyve.errors import ConfigError
 
-__all__ = ["SCHEMA", "Report", "Result", "Summary", "holds", "quantile", "summarize"]
+__all__ = ["SCHEMA", "Exits", "Report", "Result", "Summary", "Verdict", "coarse", "holds", "quantile", "summarize"]
 
-SCHEMA: Final = "uhyve-bench-1"
+SCHEMA: Final = "uhyve-bench-2"
 """The name of the JSON format; the number rises with each change that a reader would notice."""
 Buckets = list[tuple[float, int]]
 Summary = dict[str, float]
 _MOVED: Final = 0.10
+_ENOUGH: Final = 3
+"""Rounds that a verdict takes."""
+_DECADE: Final = 50
+"""Buckets for a power of ten in reports."""
 
 
 def quantile(buckets: Buckets, part: float) -> float:
@@ -47,6 +52,62 @@ def summarize(buckets: Buckets) -> Summary:
     }
 
 
+def coarse(buckets: Buckets) -> Buckets:
+    """The same in buckets that are some 5 % wide, by their upper ends, as a report keeps it.
+
+    >>> coarse([(100.0, 1), (101.0, 2), (200.0, 1)])
+    [(100.0, 1), (104.7, 2), (208.9, 1)]
+    """
+    found: dict[float, int] = {}
+    for value, count in buckets:
+        end = round(10 ** (math.ceil(_DECADE * math.log10(max(value, 1.0)) - 1e-9) / _DECADE), 1)
+        found[end] = found.get(end, 0) + count
+    return sorted(found.items())
+
+
+@dataclass
+class Verdict:
+    """A bar, and what was measured."""
+
+    what: str
+    """``ratio``, ``more_ns``, ``p50_ns`` or ``tail``, as in ``Bar``."""
+    value: float
+    limit: float
+    interval: tuple[float, float]
+    """Its bootstrap interval, 95 %."""
+    rounds: int
+    """How many it is of."""
+
+    @property
+    def held(self) -> bool:
+        """Whether the value does not exceed the limit."""
+        return self.value <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        """``held``, ``NOT held``, or ``unclear`` if it is not, but noise or too few rounds allow that it could be."""
+        if self.held:
+            return "held"
+        return "NOT held" if self.rounds >= _ENOUGH and self.interval[0] > self.limit else "unclear"
+
+    def __str__(self) -> str:
+        words = {"ratio": "ratio ", "more_ns": "+", "p50_ns": "", "tail": "p99/p50 "}[self.what]
+        unit = self.what.endswith("_ns")
+        value, limit = (f"{n / 1000:.4g} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
+        return f"{self.verdict}: {words}{value} ≤ {limit}"
+
+
+@dataclass
+class Exits:
+    """The timed exits of one vCPU by one reason."""
+
+    vcpu: int
+    reason: str
+    summary: Summary
+    parts: dict[str, Summary]
+    histogram: Buckets
+
+
 @dataclass
 class Result:
     """One case."""
@@ -56,31 +117,33 @@ class Result:
     summary: Summary
     """Of the whole exit, all rounds together, in nanoseconds."""
     parts: dict[str, Summary] = field(default_factory=dict)
-    """Of its parts: ``run`` (in KVM_RUN), ``dispatch``, ``handler``, ``script``."""
+    """``run`` (in KVM_RUN), ``dispatch``, ``handler``, ``script``; and ``floor``: what stands beside it."""
     rounds: list[float] = field(default_factory=list)
     """The median of each round."""
     floors: list[float] = field(default_factory=list)
-    """The floor's median beside each round."""
+    """The median of what stands beside each round."""
+    floor_name: str = ""
+    """What that is: a kind of the floor, or a case."""
     ratio: float | None = None
-    """Median of the rounds' ratios to the floor."""
+    """Median of the rounds' ratios to it."""
     interval: tuple[float, float] | None = None
     """Its bootstrap interval, 95 %."""
-    limit: float = 0.0
-    """The ratio that it should not exceed."""
+    bars: list[Verdict] = field(default_factory=list)
+    """What it should not exceed here."""
+    histogram: Buckets = field(default_factory=list)
+    """The upper ends of buckets in nanoseconds, and how many lie in each."""
+    exits: list[Exits] = field(default_factory=list)
+    """All exits that were timed meanwhile, by vCPU and reason."""
 
     @property
     def held(self) -> bool | None:
-        """Whether the ratio is within the limit; None without either."""
-        return self.ratio <= self.limit if self.ratio is not None and self.limit else None
+        """Whether all bars are; None without any."""
+        return all(bar.held for bar in self.bars) if self.bars else None
 
     @property
     def floor_moved(self) -> float:
-        """How much the floor of the second half of the rounds differs from the first half's."""
-        half = len(self.floors) // 2
-        if not half:
-            return 0.0
-        first, second = statistics.median(self.floors[:half]), statistics.median(self.floors[-half:])
-        return abs(second / first - 1)
+        """How much what stands beside the second half of the rounds differs from the first half's."""
+        return _moved(self.floors)
 
 
 @dataclass
@@ -96,6 +159,8 @@ class Report:
     results: list[Result] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Cases that this machine can't do, and why."""
+    floor: list[float] = field(default_factory=list)
+    """The bare loop's median before each case and behind the last, in nanoseconds."""
 
     def metric(self, name: str) -> float:
         """A number by its name, such as ``pio.ratio`` or ``timer.p99``. Raises ``ConfigError`` if there is none."""
@@ -109,33 +174,38 @@ class Report:
 
     def warnings(self) -> list[str]:
         """What makes the numbers doubtful."""
-        return [
-            f"{r.name}: the floor moved by {r.floor_moved:.0%} between the halves of the run"
+        found = [
+            f"{r.name}: {r.floor_name or 'the floor'} moved by {r.floor_moved:.0%} between the halves of its rounds"
             for r in self.results
             if r.floor_moved > _MOVED
         ]
+        if _moved(self.floor) > _MOVED:
+            found.append(f"the floor moved by {_moved(self.floor):.0%} between the halves of the run")
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, in the types of JSON."""
-        results = [asdict(r) | {"held": r.held, "floor_moved": r.floor_moved} for r in self.results]
+        results = [
+            asdict(r)
+            | {"held": r.held, "floor_moved": r.floor_moved}
+            | {"bars": [asdict(bar) | {"held": bar.held, "verdict": bar.verdict} for bar in r.bars]}
+            for r in self.results
+        ]
         return {"schema": SCHEMA, **asdict(self), "results": results, "warnings": self.warnings()}
 
     def __str__(self) -> str:
         """A table for people, in microseconds."""
-        heads = ("case", "p50 µs", "p90", "p99", "p99.9", "ratio to floor", "")
-        lines = [f"{heads[0]:<34}" + "".join(f"{head:>10}" for head in heads[1:5]) + f"{heads[5]:>26}"]
-        for r in self.results:
-            numbers = "".join(f"{r.summary[name] / 1000:>10.2f}" for name in ("p50", "p90", "p99", "p999"))
-            ratio = ""
-            if r.ratio is not None and r.interval is not None:
-                ratio = f"{r.ratio:.3f} ({r.interval[0]:.3f}–{r.interval[1]:.3f})"
-            verdict = {True: f"  held ≤ {r.limit}", False: f"  NOT held ≤ {r.limit}", None: ""}[r.held]
-            lines.append(f"{r.title:<34}{numbers}{ratio:>26}{verdict}")
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        lines += [f"doubtful: {text}" for text in self.warnings()]
-        cost = self.clock["cost_p50_ns"]
-        lines.append(f"{self.backend}, {self.seconds:.1f} s, clock {self.clock['source']} ({cost:.0f} ns a reading)")
-        return "\n".join(lines)
+        from uhyve.bench.table import plain
+
+        return plain(self)
+
+
+def _moved(floors: list[float]) -> float:
+    half = len(floors) // 2
+    if not half:
+        return 0.0
+    first, second = statistics.median(floors[:half]), statistics.median(floors[-half:])
+    return abs(second / first - 1) if first else 0.0
 
 
 _OPERATORS: Final = {
@@ -148,7 +218,7 @@ _OPERATORS: Final = {
 
 def holds(report: Report, expression: str) -> bool:
     """Whether an expression such as ``"pio.ratio>1.1"`` is true. Raises ``ConfigError`` if it is none."""
-    found = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([0-9.]+)\s*", expression)
+    found = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([0-9]+(?:\.[0-9]+)?)\s*", expression)
     if found is None:
         raise ConfigError(f"{expression!r} is no comparison such as 'pio.ratio>1.1'")
     name, relation, number = found.groups()

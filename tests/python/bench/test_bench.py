@@ -1,6 +1,7 @@
 """The benchmark as a tool: what it reports, not how fast this machine is."""
 
 import importlib.resources
+import io
 import json
 import subprocess
 import sys
@@ -10,12 +11,18 @@ import pytest
 
 import uhyve
 from uhyve import bench
+from uhyve.bench import table
 
 
 def _result(**changes):
     summary = dict.fromkeys(("count", "min", "p50", "p90", "p99", "p999", "max", "mean"), 100.0)
     fields = {"name": "pio", "title": "port out", "summary": summary, "ratio": 1.02, "interval": (1.0, 1.04)}
-    return bench.Result(**fields | {"limit": 1.05} | changes)
+    return bench.Result(**fields | {"bars": [_verdict()]} | changes)
+
+
+def _verdict(**changes):
+    fields = {"what": "ratio", "value": 1.02, "limit": 1.05, "interval": (1.0, 1.04), "rounds": 5}
+    return bench.Verdict(**fields | changes)
 
 
 def _report(*results):
@@ -45,11 +52,57 @@ def test_floor_that_moved_between_the_halves_is_told():
     assert "doubtful" in str(report)
 
 
-def test_limit_that_is_passed_is_told_in_table_and_json():
-    report = _report(_result(ratio=1.2))
+def test_floor_that_moved_in_the_run_is_told():
+    report = _report()
+    report.floor = [100.0, 101.0, 120.0, 121.0]
 
-    assert report.as_dict()["results"][0]["held"] is False
-    assert "NOT held" in str(report)
+    assert report.warnings() == ["the floor moved by 20% between the halves of the run"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "held"),
+        ({"value": 1.2, "interval": (1.1, 1.3)}, "NOT held"),
+        ({"value": 1.2, "interval": (1.0, 1.3)}, "unclear"),
+        ({"value": 1.2, "interval": (1.1, 1.3), "rounds": 2}, "unclear"),
+    ],
+)
+def test_bar_is_told_in_table_and_json_with_a_verdict_by_the_noise(changes, verdict):
+    report = _report(_result(bars=[_verdict(**changes)]))
+
+    assert report.as_dict()["results"][0]["bars"][0]["verdict"] == verdict
+    assert report.as_dict()["results"][0]["held"] is (verdict == "held")
+    assert f"{verdict}: ratio" in str(report)
+
+
+def test_table_without_rich_on_a_terminal_is_plain_text(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    stream = Terminal()
+
+    table.show(_report(_result()), stream)
+
+    assert "port out" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_table_on_a_terminal_has_every_case_and_remark(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    exits = bench.Exits(1, "port_write", _result().summary, {}, [(100.0, 1)])
+
+    table.show(_report(_result(exits=[exits])), stream, exits=True)
+
+    assert all(text in stream.getvalue() for text in ("port out", "port_write", "held: ratio", "skipped ipi: one CPU"))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +138,37 @@ def test_bench_of_the_software_cpu_tells_percentiles_parts_and_ratio():
         assert {"run", "dispatch"} <= set(result.parts)
     assert report.metric("pio.ratio") > 0.5
     assert "handler" in report.results[1].parts
+
+
+def test_bench_of_the_software_cpu_measures_stops_hits_gdb_and_lives():
+    names = ["resume_2", "step", "hit_compiled", "hit_hardware", "watch", "create", "close_vm", "boot"]
+    names += [f"gdb_{transport}_{side}" for transport in ("tcp", "unix") for side in ("client", "target")]
+
+    report = bench.run(names, backend="soft", quick=True)
+
+    assert report.skipped == {}
+    assert {result.name for result in report.results} == set(names)
+    assert all(result.summary["min"] > 0 for result in report.results)
+    assert all(result.floors for result in report.results if result.name.startswith(("hit", "gdb", "boot")))
+
+
+def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
+    report = bench.run(["wake"], backend="soft", quick=True)
+
+    found = {(exits.vcpu, exits.reason): exits for exits in report.results[0].exits}
+    assert found[0, "serial_write_buffer"].summary["count"] > 0
+    assert (
+        sum(count for _, count in found[0, "serial_write_buffer"].histogram)
+        == found[0, "serial_write_buffer"].summary["count"]
+    )
+
+
+def test_command_that_lists_cases_names_each():
+    done = subprocess.run(
+        [sys.executable, "-m", "uhyve", "bench", "--list"], capture_output=True, text=True, timeout=60
+    )
+
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [case.name for case in bench.CASES]
 
 
 def test_command_with_json_and_a_limit_that_is_passed_ends_with_1():

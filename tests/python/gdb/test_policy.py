@@ -244,9 +244,8 @@ def test_conditions_of_a_policy_hold_beside_gdb_s_own_and_cost_no_stop(serve: Ca
 
     assert "$1 = 21" in shown.output
     assert "$2 = 28" in shown.output
-    # gdb has left, and the guest may still run.
-    served.dbg.wait(30)
-    assert served.dbg.stop.number == 5, "entry, a hit, the step over it, a hit, the end"
+    end = served.dbg.wait(30)
+    assert end.number == 5, "entry, a hit, the step over it, a hit, the end"
 
 
 def test_hit_hooks_decide_at_the_breakpoints_of_their_functions(serve: Callable[..., Served]) -> None:
