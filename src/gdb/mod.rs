@@ -7,6 +7,7 @@ pub mod breakpoints;
 mod filter;
 mod host_files;
 mod monitor;
+mod patience;
 pub mod policy;
 mod registers;
 pub mod server;
