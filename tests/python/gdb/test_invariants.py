@@ -19,6 +19,7 @@ import pytest
 from gdb.rsp import ErrorReplyError
 from uhyve import VmStateError
 from uhyve.gdb_policy import Decision, GdbPolicy
+from uhyve.policies import Conditions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,6 +166,39 @@ def test_invariant_02_hit_that_waits_is_dropped_when_its_vcpu_was_moved(
         seen.add(vcpu_of(stop))
     assert seen == set(range(cpus)) - {moved.number}
     assert words(served.dbg, "calls", cpus) == [20] * cpus
+
+
+@pytest.mark.parametrize("cpus", [2])
+def test_invariant_02_access_that_waits_outlives_a_watchpoint_set_anew_meanwhile(
+    serve: Callable[..., Served], cpus: int
+) -> None:
+    both = threading.Barrier(2, timeout=SOON)
+    met: list[int] = []
+
+    def written(hit: Hit) -> bool:
+        if hit.vcpu != 1 or met:
+            return False
+        met.append(hit.registers.rsi)
+        both.wait()
+        time.sleep(0.5)  # The other one's hit comes first.
+        return True
+
+    served = serve("events", cpus=cpus, defines=["COUNT=20"], policy=Conditions({"word": written}))
+    stub, watch = served.rsp(), {"address": served.dbg.symbol("word"), "type": 2, "kind": 8}
+    stub.insert(**watch)
+    served.dbg.breakpoint("event", vcpu=0, condition=lambda _: both.n_waiting == 1 and both.wait() >= 0)
+    assert vcpu_of(stub.cont(SOON)) == 0
+
+    # What vCPU 1 has found waits while it holds; then its watchpoint is another one, at the same place.
+    stub.remove(**watch)
+    stub.resume("s:p1.1")
+    assert vcpu_of(stub.wait(SOON)) == 0
+    stub.insert(**watch)
+    stop = stub.cont(SOON)
+
+    assert vcpu_of(stop) == 1
+    assert int(stop.values["watch"], 16) == watch["address"]
+    assert served.dbg.vcpus[1].registers.rsi == met[0]
 
 
 @CPUS
