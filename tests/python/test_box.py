@@ -23,7 +23,7 @@ def test_vms_and_images_in_the_box_pass_there_too() -> None:
         if os.environ.get("UHYVE_REQUIRE_BOX") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-    # What is different on a whole KVM: booting real images, how breakpoints are made and steps end. `make box` runs all.
+    # What is different on a whole KVM: real images, how breakpoints are made and steps end. `make box` runs all.
     names = [
         "images",
         *(f"vm/test_{name}.py" for name in ("run", "debugger", "debugger_breakpoints", "steps_of_a_cpu")),
