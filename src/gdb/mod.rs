@@ -8,7 +8,6 @@ pub mod breakpoints;
 pub mod filter;
 mod host_files;
 mod monitor;
-mod patience;
 pub mod policy;
 mod registers;
 pub mod server;

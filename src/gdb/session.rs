@@ -10,7 +10,6 @@ use nix::sys::eventfd::EventFd;
 
 use super::address::{Client, Listener};
 use super::filter::{Event, Filter, Session as FilterSession, ThreadEntry};
-use super::patience::Patience;
 use super::policy::{Decision, Policy};
 use super::registers::core_register;
 use super::stub::{Fed, PACKET_SIZE, Stub};
@@ -48,7 +47,6 @@ pub struct Session<'a> {
     stub: Stub,
     filter: Filter,
     unsent: Vec<u8>,
-    patience: Patience,
     /// The number of the last stop that was dealt with.
     seen: u64,
     is_lost: bool,
@@ -87,7 +85,6 @@ impl<'a> Session<'a> {
             stub,
             filter: Filter::new(PACKET_SIZE),
             unsent: Vec::new(),
-            patience: Patience::default(),
             seen: 0,
             is_lost: false,
             ended: None,
@@ -325,7 +322,7 @@ impl<'a> Session<'a> {
             fds.push(PollFd::new(fd, PollFlags::POLLIN));
             fds.len() - 1
         });
-        match self.patience.poll(&mut fds, timeout.unwrap_or(PollTimeout::NONE)) {
+        match poll(&mut fds, timeout.unwrap_or(PollTimeout::NONE)) {
             Ok(0) => self.target.machine.engine.kick_late(),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
