@@ -218,12 +218,16 @@ impl Engine {
         }
     }
 
-    fn kick_running(&self, state: &State, but: Option<u32>) {
+    /// Kicks all that run, but one; whether there were any.
+    fn kick_running(&self, state: &State, but: Option<u32>) -> bool {
+        let mut any = false;
         for (n, seat) in state.seats.iter().enumerate() {
             if !seat.parked && but.map(|b| b as usize) != Some(n) {
                 self.kick(n);
+                any = true;
             }
         }
+        any
     }
 
     fn notify(&self, state: &State) {
@@ -344,9 +348,10 @@ impl Engine {
         state.queue.push_back(event);
         if state.phase == Phase::Running {
             state.phase = Phase::Stopping;
-            self.kick_running(&state, Some(vcpu));
-            // Who waits sees to kicks that come late.
-            self.notify(&state);
+            // Who waits sees to kicks that come late; where none was sent, the stop itself soon wakes them.
+            if self.kick_running(&state, Some(vcpu)) {
+                self.notify(&state);
+            }
         }
         self.slots[vcpu as usize].request.store(true, Ordering::SeqCst);
     }

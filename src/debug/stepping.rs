@@ -11,6 +11,7 @@ use super::engine::Owner;
 use super::stop::{Event, StopReason};
 use super::values::Values;
 use super::watchpoints::Touch;
+use super::whole::Whole;
 use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
 use crate::error::{CrashReason, Result};
 use crate::paging::{self, PagingMode};
@@ -137,9 +138,13 @@ impl Seat<'_> {
                 self.context().cpu.inject(exception)?;
                 Ok(Flow::Continue)
             }
-            Emulation::Unsupported => {
-                self.crash(CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code })
-            }
+            Emulation::Unsupported => match self.execute_whole(&code)? {
+                Whole::Done => self.after_instruction(),
+                Whole::Shutdown => self.crash(CrashReason::TripleFault { registers_lost: false }),
+                Whole::Foreign => {
+                    self.crash(CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code })
+                }
+            },
         }
     }
 
@@ -305,7 +310,7 @@ impl Seat<'_> {
     /// taken.
     pub(super) fn step_instruction(&mut self, pc: u64, hold_interrupts: bool) -> Result<Flow> {
         let code = self.code_at(pc)?;
-        if let Some(flow) = self.step_by_emulation(&code)? {
+        if let Some(flow) = self.step_by_emulation(&code, hold_interrupts)? {
             return Ok(flow);
         }
         let block_interrupts = hold_interrupts && self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
@@ -387,17 +392,23 @@ impl Seat<'_> {
         Ok(flow)
     }
 
-    /// What a step by the trap flag would not show as it is: HLT, whose sleep it ends, PUSHF, which pushes the flag, and
-    /// on a KVM that emulates the guest's kernel the iterations of a repeated instruction.
-    fn step_by_emulation(&mut self, code: &[u8]) -> Result<Option<Flow>> {
+    /// What a step by the trap flag would not show as it is: HLT, whose sleep it ends, PUSHF, which pushes the flag; and
+    /// on a KVM that emulates the guest's kernel what registers and memory are all of, since it makes iterations of a
+    /// repeated instruction one, and does not trap after each (RDFSBASE, RDRAND, SWAPGS).
+    fn step_by_emulation(&mut self, code: &[u8], hold_interrupts: bool) -> Result<Option<Flow>> {
         let capabilities = self.machine.capabilities()?;
-        let is_iterated = is_repeated(code) && !capabilities.native_ring0 && !capabilities.exact_steps;
-        if !is_iterated && !matches!(code.first(), Some(&(HLT | PUSHF))) {
+        let is_inexact = !capabilities.native_ring0 && !capabilities.exact_steps;
+        let is_iterated = is_repeated(code) && is_inexact;
+        if !is_iterated && !(is_inexact && hold_interrupts) && !matches!(code.first(), Some(&(HLT | PUSHF))) {
             return Ok(None);
         }
         match self.emulate_part(code, is_iterated)? {
             Emulation::Done => self.context().passed = None,
             Emulation::Repeat => {}
+            Emulation::Unsupported if is_inexact && x86::is_swapgs(code) => match self.execute_whole(code)? {
+                Whole::Done => self.context().passed = None,
+                Whole::Shutdown | Whole::Foreign => return Ok(None),
+            },
             Emulation::Fault(_) | Emulation::Unsupported => return Ok(None),
         }
         Ok(Some(Flow::Continue))
@@ -442,7 +453,11 @@ impl Seat<'_> {
                 Ok((self.foreign_int3(pc)?, handler))
             }
             Emulation::Unsupported => {
-                let crash = CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code };
+                let crash = match self.execute_whole(&code)? {
+                    Whole::Done => return Ok((Flow::Continue, None)),
+                    Whole::Shutdown => CrashReason::TripleFault { registers_lost: false },
+                    Whole::Foreign => CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code },
+                };
                 Ok((self.crash(crash)?, None))
             }
         }
