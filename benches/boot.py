@@ -28,7 +28,7 @@ ENVIRONMENT = {f"VARIABLE_{number}": f"value {number}" for number in range(10)}
 
 @dataclass
 class Times:
-    """Seconds of each run."""
+    """Seconds of each run that came to its end."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -60,8 +60,8 @@ def _images(names: list[str]) -> list[Path]:
     return [image for image in found if image.exists()]
 
 
-def _run(command: list[str]) -> tuple[float, float]:
-    """Wall-clock and CPU seconds."""
+def _run(command: list[str]) -> tuple[float, float] | None:
+    """Wall-clock and CPU seconds; nothing if the command failed."""
     # A variable of ours makes the native command ask Python what it means.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("UHYVE_", "HERMIT_", "RUST_LOG"))}
     if backend := os.environ.get("UHYVE_BACKEND"):
@@ -75,6 +75,7 @@ def _run(command: list[str]) -> tuple[float, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if child.returncode:
         print(f"warning: {' '.join(command)} ended with {child.returncode}", file=sys.stderr)
+        return None
     return wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
@@ -107,15 +108,18 @@ def main() -> None:
         for number in range(rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
-                wall, cpu = _run([*commands[name], str(image)])
-                times[name].wall.append(wall)
-                times[name].cpu.append(cpu)
+                if (seconds := _run([*commands[name], str(image)])) is not None:
+                    times[name].wall.append(seconds[0])
+                    times[name].cpu.append(seconds[1])
         print(f"{image.name}: {rounds} rounds; ms: minimum, median, CPU; ratio of medians (of minima)")
         for name, taken in times.items():
+            if not taken.wall:
+                print(f"  {name:20} does not boot it")
+                continue
             wall, least = statistics.median(taken.wall), min(taken.wall)
             medians.setdefault(image.name, {})[name] = wall
             text = f"  {name:20} {least * 1e3:8.0f} {wall * 1e3:8.0f} {statistics.median(taken.cpu) * 1e3:8.0f}"
-            if peer := times.get("upstream"):
+            if (peer := times.get("upstream")) and peer.wall:
                 text += f"   {wall / statistics.median(peer.wall):.2f} ({least / min(peer.wall):.2f}) x upstream"
             print(text)
     if kept is not None:

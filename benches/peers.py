@@ -3,8 +3,9 @@
 A false hit and a step by gdbserver and by QEMU's stub, driven by the packets that gdb sends, beside ours; boots by the
 original uhyve; the software CPU by Unicorn; a callback by CPython alone; an exit by a bare KVM_RUN loop.
 
-    python benches/peers.py
+    python benches/peers.py [PART…]
 
+Parts: floors, stubs, boots, callbacks, unicorn; all if none is named. What the others have found before is kept.
 UPSTREAM_UHYVE names the original's program, UHYVE_HERMIT_069 the folder of the images that it boots. Figures go to
 benches/results/peers.json.
 """
@@ -180,6 +181,8 @@ def boots(peers: Peers) -> None:
         for image, figures in json.loads(pathlib.Path(file.name).read_text()).items():
             for who, seconds in figures.items():
                 peers.add(f"boot of {image}, whole process", who, f"{seconds * 1e3:.0f} ms")
+            if "upstream" not in figures:
+                peers.skip(f"the original uhyve with {image}", "it ends with an error on this machine")
     return None
 
 
@@ -228,13 +231,16 @@ def kvm() -> str:
 
 def main() -> None:
     """Asks all of them."""
-    peers = Peers()
-    for part in (floors, stubs, boots, callbacks, unicorn):
-        part(peers)
-    figures = {"machine": facts(), "figures": {"found": peers.found, "skipped": peers.skipped}}
-    results = ROOT / "benches" / "results"
-    results.mkdir(exist_ok=True)
-    (results / "peers.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    parts = {part.__name__: part for part in (floors, stubs, boots, callbacks, unicorn)}
+    file = ROOT / "benches" / "results" / "peers.json"
+    file.parent.mkdir(exist_ok=True)
+    kept = json.loads(file.read_text())["figures"] if file.exists() else {}
+    for name in sys.argv[1:] or parts:
+        peers = Peers()
+        parts[name](peers)
+        kept[name] = {"found": peers.found, "skipped": peers.skipped}
+    figures = {"machine": facts(), "figures": {name: kept[name] for name in parts if name in kept}}
+    file.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -125,9 +125,10 @@ def _core(figures: dict[str, Any]) -> list[str]:
 
 
 def _peers(figures: dict[str, Any]) -> list[str]:
-    rows = [[entry["what"], entry["who"], entry["value"]] for entry in figures["found"]]
+    rows = [[entry["what"], entry["who"], entry["value"]] for part in figures.values() for entry in part["found"]]
     lines = _table(["", "who", "value"], rows)
-    return [*lines, "", *(f"Skipped {name}: {reason}." for name, reason in figures["skipped"].items())]
+    skipped = [f"Skipped {who}: {why}." for part in figures.values() for who, why in part["skipped"].items()]
+    return [*lines, "", *skipped]
 
 
 if __name__ == "__main__":

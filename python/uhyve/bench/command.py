@@ -42,7 +42,9 @@ def bench(
 ) -> None:
     """Measures what an exit costs here: all CASES, or those that are named."""
     from uhyve.bench import CASES, compare, holds, run
+    from uhyve.bench.compare import read
     from uhyve.bench.plot import check, save
+    from uhyve.bench.report import parsed
     from uhyve.bench.table import show
 
     if is_list:
@@ -53,6 +55,10 @@ def bench(
     for name in cases:
         if name not in known:
             raise click.UsageError(f"there is no case {name!r}; there are {', '.join(known)}")
+    # What was asked for wrongly is told before anything is measured.
+    for limit in limits:
+        parsed(limit)
+    old = None if other is None else read(other.read())
     if plot is not None:
         check(plot)
     is_seen = sys.stderr.isatty()
@@ -70,8 +76,8 @@ def bench(
         show(report, sys.stdout, exits)
     if plot is not None:
         save(report, plot)
-    if other is not None:
-        for change in compare(report, json.load(other)):
+    if old is not None:
+        for change in compare(report, old):
             click.echo(str(change), err=as_json)
     broken = [limit for limit in limits if holds(report, limit)]
     for limit in broken:
