@@ -207,6 +207,8 @@ pub enum Failure {
         /// The suberror.
         suberror: u32,
     },
+    /// The software CPU has not got what the instruction at RIP needs.
+    Missing(crate::x86::Missing),
     /// An exit reason that this VMM does not ask for.
     UnexpectedExit {
         /// The number of the exit reason.
@@ -221,6 +223,7 @@ impl std::fmt::Display for Failure {
                 write!(f, "KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x}: the guest's state is not valid")
             }
             Self::Internal { suberror } => write!(f, "KVM_EXIT_INTERNAL_ERROR, suberror {suberror}"),
+            Self::Missing(what) => write!(f, "that the software CPU has no {what}"),
             Self::UnexpectedExit { reason } => write!(f, "the unexpected exit reason {reason}"),
         }
     }

@@ -148,6 +148,13 @@ impl Seat<'_> {
         }
     }
 
+    /// The software CPU has not got what the instruction at the program counter needs.
+    pub(crate) fn missing(&mut self, what: x86::Missing) -> Result<Flow> {
+        let pc = self.context().cpu.registers()?.rip;
+        let bytes = self.code_at(pc)?;
+        self.crash(CrashReason::Missing { what, disassembly: x86::disassemble(&bytes, pc), bytes })
+    }
+
     /// The program counter moved without the CPU: look whether it moved to a breakpoint that only stepping finds.
     pub(super) fn after_instruction(&mut self) -> Result<Flow> {
         self.context().passed = None;

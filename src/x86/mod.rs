@@ -52,7 +52,7 @@ mod vector_move;
 mod vector_soft;
 mod xsave;
 
-pub use cpu::{Cpu, CpuExit};
+pub use cpu::{Cpu, CpuExit, Missing};
 pub use cpuid::cpuid;
 pub use hooks::{DebugOptions, Hooks, WatchKind, Watchpoint};
 pub use platform::{MsrReply, Platform, Reply};

@@ -6,7 +6,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::Outcome;
 use super::core::Core;
-use super::cpu::CpuExit;
+use super::cpu::{CpuExit, Missing};
 use super::exception::{Cause, RFLAGS_NT, RFLAGS_VM};
 use super::flags::{ARITHMETIC, DF, ZF, flag, mask};
 use super::operand::{Machine, Step};
@@ -128,7 +128,7 @@ impl System<'_> {
             M::Iretd => self.iret(4)?,
             M::Iret => self.iret(2)?,
             M::Syscall => self.syscall()?,
-            M::Sysretq => self.sysret()?,
+            M::Sysretq | M::Sysret => self.sysret()?,
             M::Swapgs => self.swapgs()?,
             M::Int => self.software_interrupt(self.instruction.immediate8())?,
             M::Int3 => self.breakpoint()?,
@@ -179,7 +179,7 @@ impl System<'_> {
             M::Verr | M::Verw => self.verify_segment()?,
             M::Jmp | M::Call => return self.far_transfer(),
             M::Retf => self.far_return()?,
-            M::Monitor | M::Mwait | M::Sysenter | M::Sysexit | M::Sysret | M::Sysexitq => return Err(UNDEFINED),
+            M::Monitor | M::Mwait | M::Sysenter | M::Sysexit | M::Sysexitq => return Err(UNDEFINED),
             _ => return Ok(false),
         }
         Ok(true)
@@ -330,6 +330,9 @@ impl System<'_> {
             return Err(UNDEFINED);
         }
         self.require_ring0()?;
+        if self.instruction.mnemonic() == Mnemonic::Sysret {
+            return Err(self.core.lack(Missing::LegacyMode));
+        }
         let target = self.general()[RCX];
         if !self.core.mmu.is_canonical(target) {
             return Err(GENERAL_PROTECTION);

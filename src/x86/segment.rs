@@ -1,9 +1,14 @@
 //! Segment descriptors: reading them from the tables, loading segment registers, and the far transfers that go through
 //! them. In 64-bit mode only privilege, type and presence matter, and the bases of FS and GS.
 
+use super::Outcome;
 use super::core::Core;
+use super::cpu::Missing;
 use super::state::Fault;
 use crate::registers::{DescriptorTable, Segment, segment_attributes as attributes};
+
+/// Type of a 64-bit call gate.
+const CALL_GATE: u16 = 0xc;
 
 /// A descriptor: eight bytes of a code or data segment, sixteen of a system segment.
 #[derive(Debug, Clone, Copy)]
@@ -62,6 +67,11 @@ impl Descriptor {
     /// A code segment of 64-bit mode.
     pub fn is_code64(&self) -> bool {
         self.is_code() && self.has(attributes::L) && !self.has(attributes::DB)
+    }
+
+    /// A code segment of any mode.
+    fn is_valid_code(&self) -> bool {
+        self.is_code() && !(self.has(attributes::L) && self.has(attributes::DB))
     }
 
     pub fn is_conforming(&self) -> bool {
@@ -186,44 +196,50 @@ impl Core {
     }
 
     /// Checks a code selector as the target of a far jump or call (same privilege).
-    pub fn far_target(&mut self, selector: u16) -> Result<Segment, Fault> {
+    pub fn far_target(&mut self, selector: u16) -> Result<Segment, Outcome> {
         if selector & !3 == 0 {
-            return Err(Fault::with_code(13, 0));
+            return Err(Fault::with_code(13, 0).into());
         }
         let level = self.privilege();
         let descriptor = self.descriptor_or_fault(selector)?;
         let [requested, _] = (selector & 3).to_le_bytes();
+        if descriptor.system_type() == Some(CALL_GATE) && descriptor.dpl() >= level.max(requested) {
+            return Err(self.lack(Missing::CallGate));
+        }
         let is_allowed = if descriptor.is_conforming() {
             descriptor.dpl() <= level
         } else {
             descriptor.dpl() == level && requested <= level
         };
-        if !descriptor.is_code64() || !is_allowed {
-            return Err(selector_fault(13, selector));
-        }
-        if !descriptor.is_present() {
-            return Err(selector_fault(11, selector));
-        }
-        self.mark_accessed(selector, &descriptor)?;
+        self.check_code(selector, &descriptor, is_allowed)?;
         Ok(descriptor.segment(selector & !3 | u16::from(level)))
     }
 
+    /// Checks a code segment that privilege levels allow or not, and marks it as accessed.
+    fn check_code(&mut self, selector: u16, descriptor: &Descriptor, is_allowed: bool) -> Result<(), Outcome> {
+        if !descriptor.is_valid_code() || !is_allowed {
+            return Err(selector_fault(13, selector).into());
+        }
+        if !descriptor.is_present() {
+            return Err(selector_fault(11, selector).into());
+        }
+        if !descriptor.is_code64() {
+            return Err(self.lack(Missing::LegacyMode));
+        }
+        self.mark_accessed(selector, descriptor)?;
+        Ok(())
+    }
+
     /// Checks a code and a stack selector as what IRET or RET returns to.
-    pub fn return_target(&mut self, code: u16, stack: Option<u16>) -> Result<(Segment, Option<Segment>), Fault> {
+    pub fn return_target(&mut self, code: u16, stack: Option<u16>) -> Result<(Segment, Option<Segment>), Outcome> {
         if code & !3 == 0 {
-            return Err(Fault::with_code(13, 0));
+            return Err(Fault::with_code(13, 0).into());
         }
         let descriptor = self.descriptor_or_fault(code)?;
         let [requested, _] = (code & 3).to_le_bytes();
         let is_allowed = requested >= self.privilege()
             && if descriptor.is_conforming() { descriptor.dpl() <= requested } else { descriptor.dpl() == requested };
-        if !descriptor.is_code64() || !is_allowed {
-            return Err(selector_fault(13, code));
-        }
-        if !descriptor.is_present() {
-            return Err(selector_fault(11, code));
-        }
-        self.mark_accessed(code, &descriptor)?;
+        self.check_code(code, &descriptor, is_allowed)?;
         let stack = match stack {
             Some(stack) => Some(self.return_stack(stack, requested)?),
             None => None,
