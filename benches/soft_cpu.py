@@ -5,7 +5,8 @@
 The guest code (`soft_cpu/guest.c`, and 2,000 functions that are written here) is compiled by the system's C compiler.
 Each round runs every workload once here and once there; figures are medians of the rounds, in millions of guest
 instructions a second of the thread's CPU time, and both must give the same result. `first run` is code that is executed
-once by a CPU that has not seen it. Only the ratios of one run mean something. Without Unicorn, only ours is measured.
+once by a CPU that has not seen it. Only the ratios of one run mean something; beside each stands the bar that it has to
+hold. Without Unicorn, only ours is measured.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ WORKLOADS = [
     ("large", 9, 100),
 ]
 ONCE = 10
+# What a ratio to Unicorn has to be at least; the mean is without code that runs once.
+LEAST = {"first run": 10.0, "geometric mean": 1.5}
+LEAST_OF_WORKLOADS = 0.2
+# What other figures may be at most.
+MOST = {"step ns": 25.0, "time with a breakpoint elsewhere": 1.02}
 
 
 def functions() -> str:
@@ -219,16 +225,30 @@ def main() -> None:
         json.dump(report, sys.stdout, indent=1)
         print()
         return
+    show(report)
+
+
+def verdict(name: str, value: float) -> str:
+    """The bar of a figure, and whether it is held."""
+    if name in MOST:
+        return f"at most {MOST[name]:g}: {'held' if value <= MOST[name] else 'not held'}"
+    least = LEAST.get(name, LEAST_OF_WORKLOADS)
+    return f"at least {least:g}: {'held' if value >= least else 'not held'}"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report for people."""
     print(
-        f"software CPU, MIPS (Unicorn {theirs.version})"
-        if theirs
+        f"software CPU, MIPS, ratio to Unicorn {report['unicorn']}"
+        if report["unicorn"]
         else "software CPU, MIPS (Unicorn: skipped, not installed)"
     )
     for name, row in report["workloads"].items():
-        print(f"  {name:10}" + "".join(f" {value:9.2f}" for value in row.values()))
+        text = f"  {name:10}" + "".join(f" {value:9.2f}" for value in row.values())
+        print(f"{text}   {verdict(name, row['ratio'])}" if "ratio" in row else text)
     for name, value in report.items():
         if isinstance(value, float):
-            print(f"  {name}: {value:.3f}")
+            print(f"  {name}: {value:.3f}   {verdict(name, value)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::memory::GuestMemory;
-use crate::registers::{FpuState, Registers, SystemRegisters};
+use crate::registers::{ExtendedState, Extensions, FpuState, Registers, SystemRegisters};
 use crate::x86;
 
 /// What the VM asks of its back end before any vCPU exists.
@@ -88,6 +88,17 @@ pub trait Vcpu: Send {
     fn ymm_high(&mut self) -> Result<[u128; 16]>;
     /// Sets the upper halves of the YMM registers.
     fn set_ymm_high(&mut self, high: &[u128; 16]) -> Result<()>;
+    /// Which registers it has beyond those of SSE.
+    fn extensions(&self) -> Extensions;
+    /// The registers of AVX-512 and PKRU; what it does not have is zero.
+    fn extended(&mut self) -> Result<ExtendedState> {
+        Ok(ExtendedState::default())
+    }
+    /// Sets those of them that it has.
+    fn set_extended(&mut self, state: &ExtendedState) -> Result<()> {
+        let _ = state;
+        Ok(())
+    }
     /// A model-specific register.
     fn msr(&mut self, index: u32) -> Result<u64>;
     /// Sets a model-specific register.

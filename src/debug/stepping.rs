@@ -77,9 +77,18 @@ impl Seat<'_> {
     /// A debug exit while the vCPU runs freely.
     pub(crate) fn debug_event(&mut self, event: DebugEvent) -> Result<Flow> {
         let pc = event.pc;
+        let is_guests = event.single_step && !self.context().debug.single_step;
+        if is_guests {
+            // The guest traces itself; with our breakpoints in the debug registers its #DB comes here.
+            self.context().cpu.inject(Exception { vector: 1, error_code: None, address: Some(DR6_SINGLE_STEP) })?;
+        }
         if self.note_hardware(&event)? {
             // What it was doing is done; a breakpoint where it is now is met at the next entry.
             return self.after_instruction();
+        }
+        if is_guests {
+            // A breakpoint where it is now is met when the guest's handler has returned.
+            return Ok(Flow::Continue);
         }
         if self.machine.site_at(pc).is_some() {
             if self.context().passed == Some(pc) && !event.software {
@@ -87,14 +96,7 @@ impl Seat<'_> {
             }
             return self.hit(pc);
         }
-        if event.software {
-            return self.foreign_int3(pc);
-        }
-        if event.single_step && event.hardware == 0 && !self.context().debug.single_step {
-            // The guest traces itself; with our breakpoints in the debug registers its #DB comes here.
-            self.context().cpu.inject(Exception { vector: 1, error_code: None, address: Some(DR6_SINGLE_STEP) })?;
-        }
-        Ok(Flow::Continue)
+        if event.software { self.foreign_int3(pc) } else { Ok(Flow::Continue) }
     }
 
     /// `int3` where no breakpoint is: the guest's own, or a breakpoint that is gone since.
@@ -324,7 +326,7 @@ impl Seat<'_> {
             match exit {
                 Exit::Debug(event) => {
                     self.count(crate::stats::ExitKind::Debug);
-                    is_trapped = event.single_step && event.hardware == 0;
+                    is_trapped = event.single_step;
                     break;
                 }
                 Exit::Interrupted => {
@@ -364,7 +366,8 @@ impl Seat<'_> {
             }
         }
         self.clear_trap_flag(&before, pc, keeps_trap_flag)?;
-        if is_trapped {
+        self.clear_flag_of_syscall(&code, &before)?;
+        if is_trapped && before.rflags & RFLAGS_TF != 0 {
             self.give_trap(&code, &before)?;
         }
         self.context().armed = None;
