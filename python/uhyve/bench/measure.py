@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_LEAST, _MOST = 50, 20_000
+_MOST: Final = 20_000
+_SLOW: Final = 50_000
+"""Nanoseconds of an exit on a machine that is emulated itself: there a few samples have to do."""
 _QUICK, _FULL = 12.0, 240.0
-"""Seconds after which no round begins, but for each case's first."""
+"""Seconds after which no round begins, but, of a full run, for each case's first."""
+_NO_TIME: Final = "no time was left for it: name it, or leave out --quick"
 _PROBE: Final = 200
 """Exits of the floor at a time, by which a machine that has changed is known."""
 _PROBE_EVERY: Final = 8
@@ -75,6 +78,9 @@ class _Bench:
         self._seen: dict[str, Round] = {}
         self._probe()
         self._exit_ns = max(report.floor[0], 1.0)
+        self._least = 50
+        if self._exit_ns > _SLOW:
+            self._least, self._ways.few = 20, 2
 
     def run(self, end: float, progress: Callable[[str], object]) -> None:
         """All passes; what was measured goes to the report."""
@@ -82,8 +88,11 @@ class _Bench:
             self._seen.clear()
             self._ways.forget()
             for place, book in enumerate(list(self._books.values())):
-                if number and time.monotonic() > end:
-                    break
+                if time.monotonic() > end and (number or self._report.quick):
+                    if number:
+                        break
+                    self._skip(book.case, _NO_TIME)
+                    continue
                 progress(f"{number + 1}/{self._rounds} {book.case.title}")
                 if place % _PROBE_EVERY == _PROBE_EVERY - 1:
                     self._probe()
@@ -97,8 +106,11 @@ class _Bench:
             beside = self._beside(book.case)
             book.take(self._measured(book.case), beside)
         except (UhyveError, OSError, subprocess.SubprocessError) as error:
-            self._report.skipped[book.case.name] = str(error)
-            del self._books[book.case.name]
+            self._skip(book.case, str(error))
+
+    def _skip(self, case: Case, why: str) -> None:
+        self._report.skipped[case.name] = why
+        del self._books[case.name]
 
     def _measured(self, case: Case) -> Round:
         if case.name not in self._seen:
@@ -113,7 +125,7 @@ class _Bench:
         return None
 
     def _count(self, case: Case) -> int:
-        return min(_MOST, max(_LEAST, int(self._batch * 1e9 / (self._exit_ns * (1 + case.size / 4096)))))
+        return min(_MOST, max(self._least, int(self._batch * 1e9 / (self._exit_ns * (1 + case.size / 4096)))))
 
     def _probe(self) -> None:
         self._report.floor.append(quantile(floor(self._backend, "port_out", _PROBE, self._cpu), 0.5))

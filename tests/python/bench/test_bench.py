@@ -167,6 +167,15 @@ def test_bench_of_the_software_cpu_measures_stops_hits_gdb_and_lives():
     assert all(result.floors for result in report.results if result.name.startswith(("hit", "gdb", "boot")))
 
 
+def test_quick_bench_whose_time_is_over_skips_what_is_left_and_says_so(monkeypatch):
+    monkeypatch.setattr("uhyve.bench.measure._QUICK", 0.0)
+
+    report = bench.run(["pio", "boot"], backend="soft", quick=True)
+
+    assert report.results == []
+    assert all("no time was left" in report.skipped[name] for name in ("pio", "boot"))
+
+
 def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
     report = bench.run(["wake"], backend="soft", quick=True)
 
