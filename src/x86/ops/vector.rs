@@ -181,13 +181,14 @@ pub(in super::super) unsafe fn plain(e: &mut Engine, op: *const Op) -> *mut Bloc
     next!(e, op)
 }
 
-/// The same with 16 bytes of memory, which have to be aligned.
+/// The same with 16 bytes of memory, which have to be aligned, and no immediate but 0.
 pub(in super::super) unsafe fn plain_memory(e: &mut Engine, op: *const Op) -> *mut Block {
     let address = Indexed::of(e, op);
     if !is_enabled(e) || address & 15 != 0 {
         return redo(e, op);
     }
     let from = find!(u128, false, e, op, address);
+    e.vector_control.immediate = 0;
     let block = &*e.block;
     let function = *block.functions.get_unchecked((*op).imm as usize);
     let to = xmm(e, (*op).r1);

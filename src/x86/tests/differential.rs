@@ -157,3 +157,37 @@ fn test_sequences_of_common_instructions_agree_with_the_slow_executor() {
         check(&mut random, &code, 40);
     }
 }
+
+/// A shuffle or a sum of two vectors, or of one and memory at RBX, often with an immediate of 0.
+fn vector_instruction(random: &mut Random) -> Vec<u8> {
+    let register = (random.below(8) as u8) << 3;
+    let mut operand = vec![0xc0 | register | random.below(8) as u8];
+    if random.below(2) == 0 {
+        operand = vec![0x43 | register, 16 * random.below(8) as u8];
+    }
+    let immediate = if random.below(2) == 0 { 0 } else { random.next() as u8 };
+    let (opcode, has_immediate): (&[u8], bool) = match random.below(8) {
+        0 => (&[0x66, 0x0f, 0x70], true),
+        1 => (&[0xf2, 0x0f, 0x70], true),
+        2 => (&[0xf3, 0x0f, 0x70], true),
+        3 => (&[0x0f, 0xc6], true),
+        4 => (&[0x66, 0x0f, 0xc6], true),
+        5 => (&[0x66, 0x0f, 0xfe], false),
+        6 => (&[0x66, 0x0f, 0x61], false),
+        _ => (&[0x0f, 0x58], false),
+    };
+    let last = if has_immediate { vec![immediate] } else { Vec::new() };
+    [opcode, &operand, &last].concat()
+}
+
+#[test]
+fn test_sequences_of_vector_instructions_agree_with_the_slow_executor() {
+    let mut random = Random(0x2718_2818_2845_9045);
+    for _ in 0..rounds(2_000) {
+        // mov ebx, DATA
+        let mut code = [&[0xbb][..], &(DATA as u32).to_le_bytes()].concat();
+        code.extend((0..12).flat_map(|_| vector_instruction(&mut random)));
+        code.push(0xf4);
+        check(&mut random, &code, 40);
+    }
+}

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic};
 
+use super::machine::{DATA, HANDLERS, Rig};
 use super::{Memory, Random};
-use crate::registers::{CR4_OSXSAVE, RCX, RDI, RDX, RSI, RSP};
+use crate::registers::{CR4_OSXSAVE, RBX, RCX, RDI, RDX, RSI, RSP};
 use crate::x86::{CpuState, Outcome, decode, step_bytes};
 
 const BASE: u64 = 0x10_0000;
@@ -66,6 +67,8 @@ pub(super) fn features() -> BTreeSet<CpuidFeature> {
         (std::is_x86_feature_detected!("avx2"), F::AVX2),
         (std::is_x86_feature_detected!("f16c"), F::F16C),
         (std::is_x86_feature_detected!("fma"), F::FMA),
+        (std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("aes"), F::VAES),
+        (std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("pclmulqdq"), F::VPCLMULQDQ),
     ];
     features.extend(on_host.iter().filter(|(is_there, _)| *is_there).map(|(_, feature)| *feature));
     features
@@ -231,6 +234,118 @@ fn test_every_form_of_the_known_features_is_executed() {
         .map(|(name, (features, tally))| format!("{name} {features:?}: {}", tally.example))
         .collect();
     assert!(unsupported.is_empty(), "{} forms are unsupported:\n{}", unsupported.len(), unsupported.join("\n"));
+}
+
+/// What bits of CPUID stand for: leaf, subleaf, register, bit, and the feature of the decoder. Bits without instructions of
+/// their own have none.
+fn announced() -> Vec<([u32; 2], usize, u32, Option<CpuidFeature>)> {
+    use CpuidFeature as F;
+    let mut bits = Vec::new();
+    let mut leaf = |leaf: [u32; 2], register: usize, features: &[(u32, CpuidFeature)], others: &[u32]| {
+        bits.extend(features.iter().map(|(bit, feature)| (leaf, register, *bit, Some(*feature))));
+        bits.extend(others.iter().map(|bit| (leaf, register, *bit, None)));
+    };
+    let basic_ecx = [
+        (0, F::SSE3),
+        (1, F::PCLMULQDQ),
+        (9, F::SSSE3),
+        (12, F::FMA),
+        (13, F::CMPXCHG16B),
+        (19, F::SSE4_1),
+        (20, F::SSE4_2),
+        (22, F::MOVBE),
+        (23, F::POPCNT),
+        (25, F::AES),
+        (26, F::XSAVE),
+        (28, F::AVX),
+        (29, F::F16C),
+        (30, F::RDRAND),
+    ];
+    leaf([1, 0], 2, &basic_ecx, &[21, 24, 27, 31]);
+    let basic_edx = [
+        (0, F::FPU),
+        (4, F::TSC),
+        (5, F::MSR),
+        (8, F::CX8),
+        (15, F::CMOV),
+        (19, F::CLFSH),
+        (23, F::MMX),
+        (24, F::FXSR),
+        (25, F::SSE),
+        (26, F::SSE2),
+    ];
+    leaf([1, 0], 3, &basic_edx, &[2, 3, 6, 9, 12, 13, 16, 17]);
+    let structured_ebx = [
+        (0, F::FSGSBASE),
+        (3, F::BMI1),
+        (5, F::AVX2),
+        (8, F::BMI2),
+        (10, F::INVPCID),
+        (18, F::RDSEED),
+        (19, F::ADX),
+        (20, F::SMAP),
+        (23, F::CLFLUSHOPT),
+        (24, F::CLWB),
+        (29, F::SHA),
+    ];
+    leaf([7, 0], 1, &structured_ebx, &[7, 9]);
+    leaf([7, 0], 2, &[(9, F::VAES), (10, F::VPCLMULQDQ), (22, F::RDPID)], &[2]);
+    leaf([7, 0], 3, &[], &[]);
+    leaf([0xd, 1], 0, &[(0, F::XSAVEOPT), (1, F::XSAVEC)], &[2]);
+    leaf([0x8000_0001, 0], 2, &[(5, F::LZCNT), (8, F::PREFETCHW)], &[0]);
+    leaf([0x8000_0001, 0], 3, &[(11, F::SYSCALL), (27, F::RDTSCP)], &[20, 26, 29]);
+    bits
+}
+
+/// An encoding of each instruction that needs more than the registers and the memory of [`step_bytes`], by its feature.
+fn system_instructions() -> Vec<(CpuidFeature, Vec<u8>)> {
+    use CpuidFeature as F;
+    [
+        (F::MSR, &[0x0f, 0x32][..]),
+        (F::MSR, &[0x0f, 0x30]),
+        (F::INVPCID, &[0x66, 0x0f, 0x38, 0x82, 0x03]),
+        (F::SMAP, &[0x0f, 0x01, 0xca]),
+        (F::SMAP, &[0x0f, 0x01, 0xcb]),
+        (F::SYSCALL, &[0x0f, 0x05]),
+        (F::SYSCALL, &[0x48, 0x0f, 0x07]),
+        (F::RDRAND, &[0x48, 0x0f, 0xc7, 0xf0]),
+        (F::RDSEED, &[0x48, 0x0f, 0xc7, 0xf8]),
+        (F::XSAVE, &[0x0f, 0x01, 0xd1]),
+        (F::RDTSCP, &[0x0f, 0x01, 0xf9]),
+    ]
+    .into_iter()
+    .map(|(feature, code)| (feature, code.to_vec()))
+    .collect()
+}
+
+#[test]
+fn test_all_that_cpuid_announces_is_executed() {
+    let state = Rig::new(&[]).cpu.snapshot();
+    let (bits, known) = (announced(), features());
+    let system: BTreeSet<CpuidFeature> = system_instructions().into_iter().map(|(feature, _)| feature).collect();
+    let leaves: BTreeSet<([u32; 2], usize)> = bits.iter().map(|(leaf, register, ..)| (*leaf, *register)).collect();
+    for (leaf, register) in leaves {
+        let answer = crate::x86::cpuid(leaf[0], leaf[1], &state)[register];
+        for bit in (0..32).filter(|bit| answer >> bit & 1 != 0) {
+            let found = bits.iter().find(|(l, r, b, _)| (*l, *r, *b) == (leaf, register, bit));
+            let (.., feature) = found.unwrap_or_else(|| panic!("bit {bit} of register {register}, leaf {leaf:x?}"));
+            assert!(feature.is_none_or(|f| known.contains(&f) || system.contains(&f)), "{feature:?} is not tried");
+        }
+    }
+}
+
+#[test]
+fn test_announced_system_instructions_are_known() {
+    for (feature, code) in system_instructions() {
+        // At an address of its own, so that SYSRET goes on, and with a descriptor of INVPCID that is all zeros.
+        let mut rig = Rig::new(&code).with(|state| {
+            state.core.registers.general[RBX] = DATA;
+            state.core.registers.general[RCX] = 0;
+        });
+        let _ = rig.cpu.run(&mut rig.board, 1);
+        let handler = HANDLERS + 16 * 6;
+        assert!(!(handler..handler + 16).contains(&rig.rip()), "{feature:?} {code:02x?} is undefined");
+    }
 }
 
 /// Prints the table: forms, encodings tried and executed, by feature.
