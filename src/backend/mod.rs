@@ -201,6 +201,8 @@ pub enum Failure {
         /// The number of the exit reason.
         reason: u32,
     },
+    /// The software CPU is to run code of 32 or 16 bits.
+    CompatibilityMode,
 }
 
 impl std::fmt::Display for Failure {
@@ -211,6 +213,9 @@ impl std::fmt::Display for Failure {
             }
             Self::Internal { suberror } => write!(f, "KVM_EXIT_INTERNAL_ERROR, suberror {suberror}"),
             Self::UnexpectedExit { reason } => write!(f, "the unexpected exit reason {reason}"),
+            Self::CompatibilityMode => f.write_str(
+                "the software CPU has no compatibility mode, and the instruction goes to a code segment of 32 or 16 bits",
+            ),
         }
     }
 }

@@ -77,6 +77,9 @@ pub enum CpuExit {
     },
     /// One instruction has retired (or an exception or interrupt was delivered) with [`DebugOptions::single_step`].
     SingleStep,
+    /// The instruction at RIP goes to a code segment of 32 or 16 bits: compatibility mode, which this CPU does not have.
+    /// Nothing of it is done.
+    CompatibilityMode,
     /// A triple fault. The CPU executes nothing any more until its state is set anew.
     Shutdown,
 }

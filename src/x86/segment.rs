@@ -1,7 +1,10 @@
 //! Segment descriptors: reading them from the tables, loading segment registers, and the far transfers that go through
 //! them. In 64-bit mode only privilege, type and presence matter, and the bases of FS and GS.
 
+use super::Outcome;
 use super::core::Core;
+use super::cpu::CpuExit;
+use super::operand::Step;
 use super::state::Fault;
 use crate::registers::{DescriptorTable, Segment, segment_attributes as attributes};
 
@@ -62,6 +65,11 @@ impl Descriptor {
     /// A code segment of 64-bit mode.
     pub fn is_code64(&self) -> bool {
         self.is_code() && self.has(attributes::L) && !self.has(attributes::DB)
+    }
+
+    /// A code segment of 64-bit mode and of 32 bits at once, which is none.
+    fn is_reserved_code(&self) -> bool {
+        self.is_code() && self.has(attributes::L) && self.has(attributes::DB)
     }
 
     pub fn is_conforming(&self) -> bool {
@@ -186,9 +194,9 @@ impl Core {
     }
 
     /// Checks a code selector as the target of a far jump or call (same privilege).
-    pub fn far_target(&mut self, selector: u16) -> Result<Segment, Fault> {
+    pub fn far_target(&mut self, selector: u16) -> Step<Segment> {
         if selector & !3 == 0 {
-            return Err(Fault::with_code(13, 0));
+            return Err(Fault::with_code(13, 0).into());
         }
         let level = self.privilege();
         let descriptor = self.descriptor_or_fault(selector)?;
@@ -198,37 +206,49 @@ impl Core {
         } else {
             descriptor.dpl() == level && requested <= level
         };
-        if !descriptor.is_code64() || !is_allowed {
-            return Err(selector_fault(13, selector));
-        }
-        if !descriptor.is_present() {
-            return Err(selector_fault(11, selector));
-        }
+        self.check_code(selector, &descriptor, is_allowed)?;
         self.mark_accessed(selector, &descriptor)?;
         Ok(descriptor.segment(selector & !3 | u16::from(level)))
     }
 
     /// Checks a code and a stack selector as what IRET or RET returns to.
-    pub fn return_target(&mut self, code: u16, stack: Option<u16>) -> Result<(Segment, Option<Segment>), Fault> {
+    pub fn return_target(&mut self, code: u16, stack: Option<u16>) -> Step<(Segment, Option<Segment>)> {
         if code & !3 == 0 {
-            return Err(Fault::with_code(13, 0));
+            return Err(Fault::with_code(13, 0).into());
         }
         let descriptor = self.descriptor_or_fault(code)?;
         let [requested, _] = (code & 3).to_le_bytes();
         let is_allowed = requested >= self.privilege()
             && if descriptor.is_conforming() { descriptor.dpl() <= requested } else { descriptor.dpl() == requested };
-        if !descriptor.is_code64() || !is_allowed {
-            return Err(selector_fault(13, code));
-        }
-        if !descriptor.is_present() {
-            return Err(selector_fault(11, code));
-        }
+        self.check_code(code, &descriptor, is_allowed)?;
         self.mark_accessed(code, &descriptor)?;
         let stack = match stack {
             Some(stack) => Some(self.return_stack(stack, requested)?),
             None => None,
         };
         Ok((descriptor.segment(code), stack))
+    }
+
+    /// Checks the code segment of a far transfer. With one of 32 or 16 bits, which a CPU would go on with in compatibility
+    /// mode, the instruction ends in [`CpuExit::CompatibilityMode`].
+    fn check_code(&mut self, selector: u16, descriptor: &Descriptor, is_allowed: bool) -> Step {
+        if !descriptor.is_code() || !is_allowed || descriptor.is_reserved_code() {
+            return Err(selector_fault(13, selector).into());
+        }
+        if !descriptor.is_present() {
+            return Err(selector_fault(11, selector).into());
+        }
+        if descriptor.is_code64() {
+            return Ok(());
+        }
+        Err(self.refuse_compatibility_mode())
+    }
+
+    /// Ends the instruction, which goes to compatibility mode.
+    pub fn refuse_compatibility_mode(&mut self) -> Outcome {
+        // The owner of a lent CPU has that mode.
+        self.exit = Some(if self.is_lent { CpuExit::Foreign(None) } else { CpuExit::CompatibilityMode });
+        Outcome::Unsupported
     }
 
     fn return_stack(&mut self, stack: u16, level: u8) -> Result<Segment, Fault> {

@@ -10,7 +10,7 @@ use super::kick::SoftKick;
 use super::machine::{Pause, Shared};
 use super::schedule::Halt;
 use super::wires::Wires;
-use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
+use crate::backend::{Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::registers::{
@@ -114,6 +114,7 @@ impl SoftVcpu {
             CpuExit::MmioRead { address, size } => Exit::MmioRead { address, size },
             CpuExit::MmioWrite { address, size } => Exit::MmioWrite { address, size },
             CpuExit::Shutdown => Exit::Shutdown,
+            CpuExit::CompatibilityMode => Exit::Failed(Failure::CompatibilityMode),
             CpuExit::Breakpoint => {
                 let pc = self.cpu.registers().rip;
                 let fires = |b: &HardwareBreakpoint| b.access == Access::Execute && b.address == pc;

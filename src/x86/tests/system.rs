@@ -407,15 +407,43 @@ fn test_exceptions_of_the_fpu_and_of_alignment_are_delivered_at_the_instruction(
     assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, 17, 0, CODE));
 }
 
-#[test]
-fn test_a_far_transfer_to_a_32_bit_segment_is_refused_and_nothing_executes_there() {
-    // iretq to selector 0x10's neighbour 0x30, a 32-bit code segment; the frame is at the top of the stack.
-    let mut rig = Rig::new(&[0x48, 0xcf]);
-    rig.memory.write_object(0x5030, 0x00cf_9b00_0000_ffffu64).unwrap();
-    for (i, word) in (0..).zip([CODE, 0x30, 2, STACK, DATA0.into()]) {
+/// A rig with a 32-bit code segment, and what leads there on the stack and at RBX.
+fn rig_with_32_bit_code(code: &[u8], attributes: u64) -> Rig {
+    const SELECTOR: u64 = 0x30;
+    let rig = Rig::new(code).with(|state| state.core.registers.general[RBX] = DATA);
+    rig.memory.write_object(0x5030, 0x00cf_0000_0000_ffff | attributes << 40).unwrap();
+    for (i, word) in (0..).zip([CODE, SELECTOR, 2, STACK, DATA0.into()]) {
         rig.memory.write_object(STACK + 8 * i, word).unwrap();
+        rig.memory.write_object(DATA + 8 * i, word).unwrap();
     }
-    assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, 13, 0x30, CODE));
+    rig
+}
+
+#[test]
+fn test_a_transfer_to_a_32_bit_segment_leaves_with_nothing_done() {
+    let iretq: &[u8] = &[0x48, 0xcf];
+    let retfq: &[u8] = &[0x48, 0xcb];
+    let jump: &[u8] = &[0x48, 0xff, 0x2b];
+    let call: &[u8] = &[0x48, 0xff, 0x1b];
+    let sysret: &[u8] = &[0x0f, 0x07];
+    for code in [iretq, retfq, jump, call, sysret] {
+        let mut rig = rig_with_32_bit_code(code, 0x9b);
+        let before = rig.cpu.snapshot();
+        for _ in 0..2 {
+            assert_eq!(rig.run(), CpuExit::CompatibilityMode, "{code:02x?}");
+        }
+        assert!(rig.cpu.snapshot() == before, "{code:02x?}");
+    }
+}
+
+#[test]
+fn test_a_transfer_to_a_32_bit_segment_that_is_not_allowed_faults_as_ever() {
+    let not_present = 0x1b;
+    let of_ring_3 = 0xfb;
+    for (attributes, vector) in [(not_present, 11), (of_ring_3, 13)] {
+        let mut rig = rig_with_32_bit_code(&[0x48, 0xcf], attributes);
+        assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, vector, 0x30, CODE));
+    }
 }
 
 #[test]

@@ -105,3 +105,20 @@ def test_watched_and_counted_runs_of_a_debugger_repeat(guest: Callable[..., Path
 
     assert len(stops(5)) == 18
     assert stops(5) == stops(5)
+
+
+def test_code_of_32_bits_ends_the_guest_with_an_error_that_names_it(guest: Callable[..., Path]) -> None:
+    with Vm(guest("hello"), backend="soft").debug() as debugger:
+        registers, memory = debugger.registers, debugger.memory
+        registers.gdt_limit = 0x3F
+        memory.write_u64(registers.gdt_base + 0x38, 0x00CF_9B00_0000_FFFF)
+        # push 0x38; push 0; retfq
+        memory.write(registers.rip, bytes.fromhex("6a38 6a00 48cb"))
+        leaves_at = registers.rip + 4
+
+        stop = debugger.cont(timeout=LIMIT)
+
+        assert stop.reason == "crash"
+        assert "the software CPU has no compatibility mode" in str(stop.crash)
+        assert stop.crash is not None
+        assert stop.crash.registers["rip"] == leaves_at
