@@ -214,7 +214,7 @@ impl std::fmt::Display for Failure {
             Self::Internal { suberror } => write!(f, "KVM_EXIT_INTERNAL_ERROR, suberror {suberror}"),
             Self::UnexpectedExit { reason } => write!(f, "the unexpected exit reason {reason}"),
             Self::CompatibilityMode => f.write_str(
-                "the software CPU has no compatibility mode, and the instruction goes to a code segment of 32 or 16 bits",
+                "that the software CPU has no compatibility mode, and that the instruction goes to code of 32 or 16 bits",
             ),
         }
     }
