@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
-.PHONY: help demo test test-rust test-python dev fmt lint bench box wheel clean
+.PHONY: help demo test test-rust test-python dev fmt lint bench bench-peers box wheel clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -52,12 +52,16 @@ lint: dev ## formats, clippy, ruff, mypy, stubtest
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest uhyve._core
 
-bench: dev ## what an exit, a hit, the core's parts and the software CPU cost
-	cargo bench --quiet
+bench: dev ## what exits, hits, the core's parts and the border cost; makes docs/performance.md of it
+	$(BIN)/python benches/run.py
+	$(BIN)/python benches/report.py
+	cargo bench --quiet --bench exits
 	$(BIN)/python benches/hits.py
-	$(BIN)/python benches/boot.py
-	$(BIN)/python benches/soft_cpu.py
 	$(BIN)/python benches/gdb.py
+
+bench-peers: dev ## the same by the original uhyve, gdbserver, QEMU, Unicorn, CPython, as far as they are here
+	$(BIN)/python benches/peers.py
+	$(BIN)/python benches/report.py
 
 box: dev ## the Python tests on a full KVM, in tools/kvmbox
 	tools/kvmbox -- $(CURDIR)/$(BIN)/python -m pytest -m 'not box' -p no:cacheprovider

@@ -5,11 +5,12 @@ Each round runs every command once on every image, in an order that rotates; the
 is there. Images: those named, or hello_world and hello_c in the folder $UHYVE_HERMIT_069. Upstream: $UHYVE_UPSTREAM,
 or a `uhyve` in PATH that is not this package's. $UHYVE_BOOT_ALSO names a further build of ours to compare with.
 
-    python benches/boot.py [rounds] [image…]
+    python benches/boot.py [rounds] [--json FILE] [image…]
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -27,7 +28,7 @@ ENVIRONMENT = {f"VARIABLE_{number}": f"value {number}" for number in range(10)}
 
 @dataclass
 class Times:
-    """Seconds of each run."""
+    """Seconds of each run that came to its end."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -59,8 +60,8 @@ def _images(names: list[str]) -> list[Path]:
     return [image for image in found if image.exists()]
 
 
-def _run(command: list[str]) -> tuple[float, float]:
-    """Wall-clock and CPU seconds."""
+def _run(command: list[str]) -> tuple[float, float] | None:
+    """Wall-clock and CPU seconds; nothing if the command failed."""
     # A variable of ours makes the native command ask Python what it means.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("UHYVE_", "HERMIT_", "RUST_LOG"))}
     if backend := os.environ.get("UHYVE_BACKEND"):
@@ -74,12 +75,18 @@ def _run(command: list[str]) -> tuple[float, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if child.returncode:
         print(f"warning: {' '.join(command)} ended with {child.returncode}", file=sys.stderr)
+        return None
     return wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def main() -> None:
     """Prints a table for each image."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    words, kept = sys.argv[1:], None
+    if "--json" in words:
+        at = words.index("--json")
+        kept = Path(words[at + 1])
+        del words[at : at + 2]
+    rounds = int(words[0]) if words else 5
     ours = _ours()
     variables = [f"-e{key}={value}" for key, value in ENVIRONMENT.items()]
     ours_variables = [word for key, value in ENVIRONMENT.items() for word in ("-e", f"{key}={value}")]
@@ -91,25 +98,32 @@ def main() -> None:
         commands["upstream --no-aslr"] = [str(upstream), "--no-aslr", *variables]
     else:
         print("boot: upstream is not here; name its binary by UHYVE_UPSTREAM")
-    images = _images(sys.argv[2:])
+    images = _images(words[1:])
     if not images:
         print("boot: no images; name their folder by UHYVE_HERMIT_069")
+    medians: dict[str, dict[str, float]] = {}
     for image in images:
         times = {name: Times() for name in commands}
         names = list(commands)
         for number in range(rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
-                wall, cpu = _run([*commands[name], str(image)])
-                times[name].wall.append(wall)
-                times[name].cpu.append(cpu)
+                if (seconds := _run([*commands[name], str(image)])) is not None:
+                    times[name].wall.append(seconds[0])
+                    times[name].cpu.append(seconds[1])
         print(f"{image.name}: {rounds} rounds; ms: minimum, median, CPU; ratio of medians (of minima)")
         for name, taken in times.items():
+            if not taken.wall:
+                print(f"  {name:20} does not boot it")
+                continue
             wall, least = statistics.median(taken.wall), min(taken.wall)
+            medians.setdefault(image.name, {})[name] = wall
             text = f"  {name:20} {least * 1e3:8.0f} {wall * 1e3:8.0f} {statistics.median(taken.cpu) * 1e3:8.0f}"
-            if peer := times.get("upstream"):
+            if (peer := times.get("upstream")) and peer.wall:
                 text += f"   {wall / statistics.median(peer.wall):.2f} ({least / min(peer.wall):.2f}) x upstream"
             print(text)
+    if kept is not None:
+        kept.write_text(json.dumps(medians, indent=1))
 
 
 if __name__ == "__main__":

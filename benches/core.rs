@@ -1,16 +1,33 @@
-//! The parts of a breakpoint hit that are the core's own: emulating the covered instruction, and a compiled condition.
+//! The parts of the core, each by itself: dispatching a hypercall, walking page tables, decoding and executing
+//! instructions, a compiled condition, and a reply to gdb.
 //!
 //! `cargo bench --bench core`
 
 use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
 
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use uhyve_core::debug::condition::{Context, EvaluateError, OPCODES, Program};
+use uhyve_core::devices::serial::{Output, Serial};
 use uhyve_core::error::GuestFault;
-use uhyve_core::registers::{RSI, RSP, RegisterId};
-use uhyve_core::x86::{Bus, BusError, CpuState, Outcome, step_bytes};
+use uhyve_core::gdb::filter::Filter;
+use uhyve_core::hypercall::{self, CommandLine, Request, Services};
+use uhyve_core::isolation::{FileMap, Files, IoMode, Scratch};
+use uhyve_core::memory::{Backing, GuestMemory};
+use uhyve_core::paging::{PagingMode, translate, write_boot_tables};
+use uhyve_core::registers::{RCX, RSI, RSP, RegisterId};
+use uhyve_core::x86::{Bus, BusError, Cpu, CpuExit, CpuState, MsrReply, Outcome, Platform, Reply, length, step_bytes};
 
 const BASE: u64 = 0x1000;
+const MEMORY: u64 = 16 << 20;
+/// Where the boot page tables lie, and room for those below them.
+const ROOT: u64 = 0x1_0000;
+const POOL: std::ops::Range<u64> = ROOT + 0x1000..ROOT + 0x1_0000;
+const CODE: u64 = 0x10_0000;
+/// Rounds of the loop that is executed.
+const ROUNDS: u64 = 10_000;
+const SERIAL_BYTE: u16 = 0x1020;
 
 struct Memory([u8; 4096]);
 
@@ -103,5 +120,125 @@ fn condition(c: &mut Criterion) {
     c.bench_function("condition rsi > 8", |b| b.iter(|| program.evaluate(&mut Values).expect("it has a value")));
 }
 
-criterion_group!(benches, emulator, condition);
+/// RAM that is mapped to itself by the boot page tables, in 2 MiB pages.
+fn memory() -> (GuestMemory, PagingMode) {
+    let memory = GuestMemory::new(0, MEMORY, Backing::default()).expect("16 MiB are there");
+    write_boot_tables(&memory, ROOT, POOL, 0..MEMORY).expect("the pool is large enough");
+    (memory, PagingMode { cr0: 0x8000_0031, cr3: ROOT, cr4: 0x20, efer: 0x500 })
+}
+
+/// A console byte, from its port to the console's buffer, which discards it.
+fn dispatch(c: &mut Criterion) {
+    let files = Files::new(FileMap::default(), Scratch::new(None).expect("a scratch directory"), IoMode::default());
+    let command_line = CommandLine::new(Path::new("/app"), &[], &[]).expect("an empty one is valid");
+    let console = Arc::new(Serial::new(Output::Discard).expect("nothing is opened for it"));
+    let services = Services::new(memory().0, console, files, command_line);
+    c.bench_function("dispatch of a console byte", |b| {
+        b.iter(|| {
+            let call = hypercall::identify(black_box(SERIAL_BYTE)).expect("a port of the interface");
+            let mut progress = 0;
+            let mut request = Request {
+                call,
+                data: 0,
+                size: 4,
+                rdi: u64::from(b'.'),
+                translate: &mut |address| Some((address, 1)),
+                cancelled: &|| false,
+                progress: &mut progress,
+            };
+            services.dispatch(&mut request)
+        });
+    });
+}
+
+fn page_walk(c: &mut Criterion) {
+    let (memory, mode) = memory();
+    c.bench_function("page walk, 2 MiB page", |b| {
+        b.iter(|| translate(&memory, &mode, black_box(CODE)).expect("it is mapped"));
+    });
+}
+
+fn decode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("decode");
+    for (text, code) in
+        [("mov rax, [rsi+8]", &[0x48u8, 0x8b, 0x46, 0x08][..]), ("addsd xmm0, xmm1", &[0xf2, 0x0f, 0x58, 0xc1])]
+    {
+        group.bench_function(text, |b| b.iter(|| length(black_box(code)).expect("it is valid")));
+    }
+    group.finish();
+}
+
+/// A machine without devices.
+struct Nothing;
+
+impl Platform for Nothing {
+    fn port_read(&mut self, _: u16, _: &mut [u8], _: u64) -> Reply {
+        Reply::Unknown
+    }
+    fn port_write(&mut self, _: u16, _: &[u8], _: u64) -> Reply {
+        Reply::Unknown
+    }
+    fn mmio_read(&mut self, _: u64, _: &mut [u8], _: u64) -> Reply {
+        Reply::Unknown
+    }
+    fn mmio_write(&mut self, _: u64, _: &[u8], _: u64) -> Reply {
+        Reply::Unknown
+    }
+    fn read_msr(&mut self, _: u32, _: u64) -> MsrReply {
+        MsrReply::Refused
+    }
+    fn write_msr(&mut self, _: u32, _: u64, _: u64) -> MsrReply {
+        MsrReply::Refused
+    }
+    fn tsc(&mut self, now: u64) -> u64 {
+        now
+    }
+    fn pending_interrupt(&mut self, _: u64) -> Option<u8> {
+        None
+    }
+    fn acknowledge_interrupt(&mut self, _: u8, _: u64) {}
+    fn task_priority(&mut self) -> u8 {
+        0
+    }
+    fn set_task_priority(&mut self, _: u8, _: u64) {}
+}
+
+/// `again: add rax, rcx; dec rcx; jnz again; hlt` on the software CPU, as it runs guests.
+fn execute(c: &mut Criterion) {
+    let (memory, _) = memory();
+    memory.write(CODE, &[0x48, 0x01, 0xc8, 0x48, 0xff, 0xc9, 0x75, 0xf8, 0xf4]).expect("in RAM");
+    let mut cpu = Cpu::new(&memory);
+    let mut state = cpu.snapshot();
+    state.core.system.cr3 = ROOT;
+    cpu.restore(&state);
+    let mut group = c.benchmark_group("execute");
+    group.throughput(Throughput::Elements(3 * ROUNDS));
+    group.bench_function("add, dec, jnz", |b| {
+        b.iter(|| {
+            cpu.set_halted(false);
+            let mut registers = cpu.registers();
+            registers.rip = CODE;
+            registers.general[RCX] = ROUNDS;
+            cpu.set_registers(&registers);
+            assert_eq!(cpu.run(&mut Nothing, u64::MAX), CpuExit::Halted);
+        });
+    });
+    group.finish();
+}
+
+/// A reply to `g`, from the stub's bytes to the client's.
+fn reply(c: &mut Criterion) {
+    let payload: String = (0..560u32).map(|n| format!("{:02x}", n & 0xff)).collect();
+    let sum = payload.bytes().fold(0u8, u8::wrapping_add);
+    let frame = format!("${payload}#{sum:02x}");
+    c.bench_function("reply to g", |b| {
+        b.iter(|| {
+            let mut filter = Filter::new(0x4000);
+            filter.outgoing(black_box(frame.as_bytes()));
+            filter.output()
+        });
+    });
+}
+
+criterion_group!(benches, dispatch, page_walk, decode, emulator, execute, condition, reply);
 criterion_main!(benches);

@@ -182,6 +182,16 @@ pub enum CrashReason {
         /// Intel syntax.
         disassembly: String,
     },
+    /// An instruction needs what the software CPU has not got.
+    #[error("the software CPU has no {what}: instruction `{disassembly}` (bytes {}) needs it", hex(.bytes))]
+    Missing {
+        /// What.
+        what: crate::x86::Missing,
+        /// The instruction bytes at RIP, as far as they could be read.
+        bytes: Vec<u8>,
+        /// Intel syntax, as 64-bit mode reads them.
+        disassembly: String,
+    },
     /// The hypervisor gave up on the vCPU.
     #[error("the hypervisor reports {what}")]
     Hypervisor {

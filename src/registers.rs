@@ -1,6 +1,10 @@
 //! The registers of a vCPU in our own structs. The back ends, the software CPU, the GDB server and Python convert
 //! from and to these, so that no back end's types leak out of its folder.
 
+mod extended;
+
+pub use extended::{ExtendedState, Extensions};
+
 /// General-purpose registers, instruction pointer and flags.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Registers {

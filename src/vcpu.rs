@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 
-use crate::backend::{Exit, GuestDebug, Vcpu};
+use crate::backend::{Exit, Failure, GuestDebug, Vcpu};
 use crate::burst::{Burst, ticks};
 use crate::debug::engine::{Command, End, Plan};
 use crate::debug::stop::{Event, StopReason};
@@ -271,6 +271,7 @@ impl<'a> Seat<'a> {
                 self.count(ExitKind::Unemulated);
                 self.timed(Self::unemulated)
             }
+            Exit::Failed(Failure::Missing(what)) => self.missing(what),
             Exit::Failed(failure) => self.crash(CrashReason::Hypervisor { what: failure.to_string() }),
         }
     }

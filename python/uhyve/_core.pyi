@@ -343,7 +343,8 @@ class Hit:
 class Registers:
     """A vCPU's registers as attributes: each is fetched when it is touched, and written when it is set.
 
-    All are unsigned. Setting one to a number that doesn't fit it raises ``OverflowError``. ``dir()`` lists them.
+    All are unsigned. Setting one to a number that doesn't fit it raises ``OverflowError``. ``dir()`` lists them:
+    those of AVX-512 (``xmm16`` and up, ``zmm``, ``k``) and ``pkru`` only where the vCPU has them.
     """
 
     rax: int
@@ -441,6 +442,95 @@ class Registers:
     fdp: int
     mxcsr: int
     kernel_gs_base: int
+    xmm16: int
+    xmm17: int
+    xmm18: int
+    xmm19: int
+    xmm20: int
+    xmm21: int
+    xmm22: int
+    xmm23: int
+    xmm24: int
+    xmm25: int
+    xmm26: int
+    xmm27: int
+    xmm28: int
+    xmm29: int
+    xmm30: int
+    xmm31: int
+    ymm0: int
+    ymm1: int
+    ymm2: int
+    ymm3: int
+    ymm4: int
+    ymm5: int
+    ymm6: int
+    ymm7: int
+    ymm8: int
+    ymm9: int
+    ymm10: int
+    ymm11: int
+    ymm12: int
+    ymm13: int
+    ymm14: int
+    ymm15: int
+    ymm16: int
+    ymm17: int
+    ymm18: int
+    ymm19: int
+    ymm20: int
+    ymm21: int
+    ymm22: int
+    ymm23: int
+    ymm24: int
+    ymm25: int
+    ymm26: int
+    ymm27: int
+    ymm28: int
+    ymm29: int
+    ymm30: int
+    ymm31: int
+    zmm0: int
+    zmm1: int
+    zmm2: int
+    zmm3: int
+    zmm4: int
+    zmm5: int
+    zmm6: int
+    zmm7: int
+    zmm8: int
+    zmm9: int
+    zmm10: int
+    zmm11: int
+    zmm12: int
+    zmm13: int
+    zmm14: int
+    zmm15: int
+    zmm16: int
+    zmm17: int
+    zmm18: int
+    zmm19: int
+    zmm20: int
+    zmm21: int
+    zmm22: int
+    zmm23: int
+    zmm24: int
+    zmm25: int
+    zmm26: int
+    zmm27: int
+    zmm28: int
+    zmm29: int
+    zmm30: int
+    zmm31: int
+    k0: int
+    k1: int
+    k2: int
+    k3: int
+    k4: int
+    k5: int
+    k6: int
+    k7: int
+    pkru: int
 
     def to_dict(self) -> dict[str, int]:
         """All registers by name."""

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::memory::GuestMemory;
-use crate::registers::{FpuState, Registers, SystemRegisters};
+use crate::registers::{ExtendedState, Extensions, FpuState, Registers, SystemRegisters};
 use crate::x86;
 
 /// What the VM asks of its back end before any vCPU exists.
@@ -88,6 +88,17 @@ pub trait Vcpu: Send {
     fn ymm_high(&mut self) -> Result<[u128; 16]>;
     /// Sets the upper halves of the YMM registers.
     fn set_ymm_high(&mut self, high: &[u128; 16]) -> Result<()>;
+    /// Which registers it has beyond those of SSE.
+    fn extensions(&self) -> Extensions;
+    /// The registers of AVX-512 and PKRU; what it does not have is zero.
+    fn extended(&mut self) -> Result<ExtendedState> {
+        Ok(ExtendedState::default())
+    }
+    /// Sets those of them that it has.
+    fn set_extended(&mut self, state: &ExtendedState) -> Result<()> {
+        let _ = state;
+        Ok(())
+    }
     /// A model-specific register.
     fn msr(&mut self, index: u32) -> Result<u64>;
     /// Sets a model-specific register.
@@ -196,13 +207,13 @@ pub enum Failure {
         /// The suberror.
         suberror: u32,
     },
+    /// The software CPU has not got what the instruction at RIP needs.
+    Missing(crate::x86::Missing),
     /// An exit reason that this VMM does not ask for.
     UnexpectedExit {
         /// The number of the exit reason.
         reason: u32,
     },
-    /// The software CPU is to run code of 32 or 16 bits.
-    CompatibilityMode,
 }
 
 impl std::fmt::Display for Failure {
@@ -212,10 +223,8 @@ impl std::fmt::Display for Failure {
                 write!(f, "KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x}: the guest's state is not valid")
             }
             Self::Internal { suberror } => write!(f, "KVM_EXIT_INTERNAL_ERROR, suberror {suberror}"),
+            Self::Missing(what) => write!(f, "that the software CPU has no {what}"),
             Self::UnexpectedExit { reason } => write!(f, "the unexpected exit reason {reason}"),
-            Self::CompatibilityMode => f.write_str(
-                "that the software CPU has no compatibility mode, and that the instruction goes to code of 32 or 16 bits",
-            ),
         }
     }
 }

@@ -218,12 +218,16 @@ impl Engine {
         }
     }
 
-    fn kick_running(&self, state: &State, but: Option<u32>) {
+    /// Kicks all that run, but one; whether there were any.
+    fn kick_running(&self, state: &State, but: Option<u32>) -> bool {
+        let mut any = false;
         for (n, seat) in state.seats.iter().enumerate() {
             if !seat.parked && but.map(|b| b as usize) != Some(n) {
                 self.kick(n);
+                any = true;
             }
         }
+        any
     }
 
     fn notify(&self, state: &State) {
@@ -258,7 +262,7 @@ impl Engine {
             None => Stop {
                 others: Vec::new(),
                 reason: interrupt.unwrap_or(StopReason::Interrupt),
-                vcpu: last.map_or(0, |s| s.vcpu),
+                vcpu: interrupted(&state.seats, last.map_or(0, |s| s.vcpu)),
                 pc: 0,
                 number,
             },
@@ -344,9 +348,10 @@ impl Engine {
         state.queue.push_back(event);
         if state.phase == Phase::Running {
             state.phase = Phase::Stopping;
-            self.kick_running(&state, Some(vcpu));
-            // Who waits sees to kicks that come late.
-            self.notify(&state);
+            // Who waits sees to kicks that come late; where none was sent, the stop itself soon wakes them.
+            if self.kick_running(&state, Some(vcpu)) {
+                self.notify(&state);
+            }
         }
         self.slots[vcpu as usize].request.store(true, Ordering::SeqCst);
     }
@@ -581,6 +586,16 @@ impl Engine {
             self.kick_running(&state, None);
         }
     }
+}
+
+/// The vCPU of an interrupt, which none has found: the last stop's, unless it held. A client takes a stop of what it has
+/// not let go for the target's error.
+fn interrupted(seats: &[Seat], last: u32) -> u32 {
+    let holds = |seat: &Seat| seat.plan == Plan::Hold;
+    if !seats.get(last as usize).is_some_and(holds) {
+        return last;
+    }
+    (0..).zip(seats).find(|(_, seat)| !holds(seat)).map_or(last, |(n, _)| n)
 }
 
 /// A descriptor that wakes one waiter.

@@ -310,6 +310,21 @@ fn test_step_plan_moves_one_vcpu_and_holds_the_others() {
 }
 
 #[test]
+fn test_interrupt_is_of_a_vcpu_that_did_not_hold() {
+    bounded(|| {
+        let world = World::new(3, true);
+        assert_eq!(world.stop().vcpu, 0);
+        world.engine.resume(|n| if n == 2 { Plan::Run } else { Plan::Hold }).unwrap();
+        assert!(world.engine.interrupt(StopReason::Interrupt));
+        assert_eq!(world.stop().vcpu, 2);
+        world.engine.resume(|_| Plan::Run).unwrap();
+        assert!(world.engine.interrupt(StopReason::Interrupt));
+        assert_eq!(world.stop().vcpu, 2, "the last one that stopped");
+        world.close();
+    });
+}
+
+#[test]
 fn test_step_plan_for_all_moves_each_once_before_the_one_stop() {
     bounded(|| {
         let world = World::new(3, true);

@@ -7,7 +7,7 @@ use super::stepping::INT3;
 use crate::backend::{Access, Exception, GuestDebug, HardwareBreakpoint};
 use crate::error::Result;
 use crate::paging::{self, PagingMode};
-use crate::registers::{R11, RCX, RFLAGS_TF, RSP, Registers};
+use crate::registers::{R11, RCX, RFLAGS_RF, RFLAGS_TF, RSP, Registers};
 use crate::vcpu::Seat;
 use crate::x86;
 
@@ -120,12 +120,22 @@ impl Seat<'_> {
     /// has saved the flag, and interrupts by software have taken it away.
     pub(super) fn give_trap(&mut self, code: &[u8], before: &Registers) -> Result<()> {
         let is_interrupt = matches!(code.first(), Some(&(INT3 | INT))) || code.starts_with(&SYSCALL);
-        let is_traced = before.rflags & RFLAGS_TF != 0;
-        let mut after = self.context().cpu.registers()?;
-        if is_traced && !is_interrupt && after.rip != before.rip {
+        let after = self.context().cpu.registers()?;
+        if !is_interrupt && after.rip != before.rip {
             self.context().cpu.inject(Exception { vector: 1, error_code: None, address: Some(DR6_SINGLE_STEP) })?;
         }
-        if !is_traced && code.starts_with(&SYSCALL) && after.general[R11] & RFLAGS_TF != 0 {
+        Ok(())
+    }
+
+    /// Takes the trap flag of a step out of what SYSCALL has saved of the flags, wherever the step ended.
+    pub(super) fn clear_flag_of_syscall(&mut self, code: &[u8], before: &Registers) -> Result<()> {
+        if !code.starts_with(&SYSCALL) || before.rflags & RFLAGS_TF != 0 {
+            return Ok(());
+        }
+        let mut after = self.context().cpu.registers()?;
+        let length = SYSCALL.len() as u64;
+        let is_entered = after.general[RCX] == before.rip.wrapping_add(length);
+        if is_entered && (after.general[R11] ^ before.rflags) & !RFLAGS_RF == RFLAGS_TF {
             after.general[R11] &= !RFLAGS_TF;
             self.context().cpu.set_registers(&after)?;
         }

@@ -1,4 +1,4 @@
-//! The debugger: one engine that stops the world, and what decides when. Front ends (Python, later the GDB server) use
+//! The debugger: one engine that stops the world, and what decides when. Front ends (Python, the GDB server) use
 //! it at the same time.
 
 pub mod agent;
@@ -20,3 +20,4 @@ mod values;
 pub mod view;
 pub(crate) mod watching;
 pub mod watchpoints;
+mod whole;

@@ -11,6 +11,7 @@ use super::engine::Owner;
 use super::stop::{Event, StopReason};
 use super::values::Values;
 use super::watchpoints::Touch;
+use super::whole::Whole;
 use crate::backend::{Access, DebugEvent, Exception, Exit, GuestDebug, HardwareBreakpoint, Int3, Vcpu};
 use crate::error::{CrashReason, Result};
 use crate::paging::{self, PagingMode};
@@ -77,9 +78,18 @@ impl Seat<'_> {
     /// A debug exit while the vCPU runs freely.
     pub(crate) fn debug_event(&mut self, event: DebugEvent) -> Result<Flow> {
         let pc = event.pc;
+        let is_guests = event.single_step && !self.context().debug.single_step;
+        if is_guests {
+            // The guest traces itself; with our breakpoints in the debug registers its #DB comes here.
+            self.context().cpu.inject(Exception { vector: 1, error_code: None, address: Some(DR6_SINGLE_STEP) })?;
+        }
         if self.note_hardware(&event)? {
             // What it was doing is done; a breakpoint where it is now is met at the next entry.
             return self.after_instruction();
+        }
+        if is_guests {
+            // A breakpoint where it is now is met when the guest's handler has returned.
+            return Ok(Flow::Continue);
         }
         if self.machine.site_at(pc).is_some() {
             if self.context().passed == Some(pc) && !event.software {
@@ -87,14 +97,7 @@ impl Seat<'_> {
             }
             return self.hit(pc);
         }
-        if event.software {
-            return self.foreign_int3(pc);
-        }
-        if event.single_step && event.hardware == 0 && !self.context().debug.single_step {
-            // The guest traces itself; with our breakpoints in the debug registers its #DB comes here.
-            self.context().cpu.inject(Exception { vector: 1, error_code: None, address: Some(DR6_SINGLE_STEP) })?;
-        }
-        Ok(Flow::Continue)
+        if event.software { self.foreign_int3(pc) } else { Ok(Flow::Continue) }
     }
 
     /// `int3` where no breakpoint is: the guest's own, or a breakpoint that is gone since.
@@ -135,10 +138,21 @@ impl Seat<'_> {
                 self.context().cpu.inject(exception)?;
                 Ok(Flow::Continue)
             }
-            Emulation::Unsupported => {
-                self.crash(CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code })
-            }
+            Emulation::Unsupported => match self.execute_whole(&code)? {
+                Whole::Done => self.after_instruction(),
+                Whole::Shutdown => self.crash(CrashReason::TripleFault { registers_lost: false }),
+                Whole::Foreign => {
+                    self.crash(CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code })
+                }
+            },
         }
+    }
+
+    /// The software CPU has not got what the instruction at the program counter needs.
+    pub(crate) fn missing(&mut self, what: x86::Missing) -> Result<Flow> {
+        let pc = self.context().cpu.registers()?.rip;
+        let bytes = self.code_at(pc)?;
+        self.crash(CrashReason::Missing { what, disassembly: x86::disassemble(&bytes, pc), bytes })
     }
 
     /// The program counter moved without the CPU: look whether it moved to a breakpoint that only stepping finds.
@@ -303,7 +317,7 @@ impl Seat<'_> {
     /// taken.
     pub(super) fn step_instruction(&mut self, pc: u64, hold_interrupts: bool) -> Result<Flow> {
         let code = self.code_at(pc)?;
-        if let Some(flow) = self.step_by_emulation(&code)? {
+        if let Some(flow) = self.step_by_emulation(&code, hold_interrupts)? {
             return Ok(flow);
         }
         let block_interrupts = hold_interrupts && self.machine.capabilities().is_ok_and(|c| c.block_interrupts);
@@ -324,7 +338,7 @@ impl Seat<'_> {
             match exit {
                 Exit::Debug(event) => {
                     self.count(crate::stats::ExitKind::Debug);
-                    is_trapped = event.single_step && event.hardware == 0;
+                    is_trapped = event.single_step;
                     break;
                 }
                 Exit::Interrupted => {
@@ -364,7 +378,8 @@ impl Seat<'_> {
             }
         }
         self.clear_trap_flag(&before, pc, keeps_trap_flag)?;
-        if is_trapped {
+        self.clear_flag_of_syscall(&code, &before)?;
+        if is_trapped && before.rflags & RFLAGS_TF != 0 {
             self.give_trap(&code, &before)?;
         }
         self.context().armed = None;
@@ -384,17 +399,23 @@ impl Seat<'_> {
         Ok(flow)
     }
 
-    /// What a step by the trap flag would not show as it is: HLT, whose sleep it ends, PUSHF, which pushes the flag, and
-    /// on a KVM that emulates the guest's kernel the iterations of a repeated instruction.
-    fn step_by_emulation(&mut self, code: &[u8]) -> Result<Option<Flow>> {
+    /// What a step by the trap flag would not show as it is: HLT, whose sleep it ends, PUSHF, which pushes the flag; and
+    /// on a KVM that emulates the guest's kernel what registers and memory are all of, since it makes iterations of a
+    /// repeated instruction one, and does not trap after each (RDFSBASE, RDRAND, SWAPGS).
+    fn step_by_emulation(&mut self, code: &[u8], hold_interrupts: bool) -> Result<Option<Flow>> {
         let capabilities = self.machine.capabilities()?;
-        let is_iterated = is_repeated(code) && !capabilities.native_ring0 && !capabilities.exact_steps;
-        if !is_iterated && !matches!(code.first(), Some(&(HLT | PUSHF))) {
+        let is_inexact = !capabilities.native_ring0 && !capabilities.exact_steps;
+        let is_iterated = is_repeated(code) && is_inexact;
+        if !is_iterated && !(is_inexact && hold_interrupts) && !matches!(code.first(), Some(&(HLT | PUSHF))) {
             return Ok(None);
         }
         match self.emulate_part(code, is_iterated)? {
             Emulation::Done => self.context().passed = None,
             Emulation::Repeat => {}
+            Emulation::Unsupported if is_inexact && x86::is_swapgs(code) => match self.execute_whole(code)? {
+                Whole::Done => self.context().passed = None,
+                Whole::Shutdown | Whole::Foreign => return Ok(None),
+            },
             Emulation::Fault(_) | Emulation::Unsupported => return Ok(None),
         }
         Ok(Some(Flow::Continue))
@@ -439,7 +460,11 @@ impl Seat<'_> {
                 Ok((self.foreign_int3(pc)?, handler))
             }
             Emulation::Unsupported => {
-                let crash = CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code };
+                let crash = match self.execute_whole(&code)? {
+                    Whole::Done => return Ok((Flow::Continue, None)),
+                    Whole::Shutdown => CrashReason::TripleFault { registers_lost: false },
+                    Whole::Foreign => CrashReason::Unemulated { disassembly: x86::disassemble(&code, pc), bytes: code },
+                };
                 Ok((self.crash(crash)?, None))
             }
         }

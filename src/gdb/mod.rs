@@ -4,7 +4,8 @@
 
 pub mod address;
 pub mod breakpoints;
-mod filter;
+#[doc(hidden)]
+pub mod filter;
 mod host_files;
 mod monitor;
 pub mod policy;

@@ -3,12 +3,13 @@
 
 use std::fmt::Write as _;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 
 use gdbstub::arch::{Arch, RegId, Registers as ArchRegisters};
 
 use crate::backend::Vcpu;
 use crate::error::Result;
-use crate::registers::{FpuState, Registers, Segment, SystemRegisters};
+use crate::registers::{ExtendedState, Extensions, FpuState, Registers, Segment, SystemRegisters};
 
 /// GDB's order of the general registers, as indices into [`Registers::general`].
 const GENERAL: [usize; 16] = [0, 3, 1, 2, 6, 7, 5, 4, 8, 9, 10, 11, 12, 13, 14, 15];
@@ -32,7 +33,16 @@ enum Kind {
     GsBase,
     KernelGsBase,
     Control(ControlName),
+    /// Bits 128 to 255 of the first 16 vector registers.
     YmmHigh(usize),
+    /// The lowest quarter of one of the 16 vector registers that AVX-512 adds.
+    UpperXmm(usize),
+    /// The second quarter of one of these.
+    UpperYmmHigh(usize),
+    Mask(usize),
+    /// Bits 256 to 511 of a vector register.
+    ZmmHigh(usize),
+    Pkru,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,15 +109,21 @@ impl Kind {
             59 => Self::KernelGsBase,
             60..66 => Self::Control([Cr0, Cr2, Cr3, Cr4, Cr8, Efer][n - 60]),
             66..82 => Self::YmmHigh(n - 66),
+            82..98 => Self::UpperXmm(n - 82),
+            98..114 => Self::UpperYmmHigh(n - 98),
+            114..122 => Self::Mask(n - 114),
+            122..154 => Self::ZmmHigh(n - 122),
+            154 => Self::Pkru,
             _ => return None,
         })
     }
 
     fn size(self) -> usize {
         match self {
-            Self::Eflags | Self::Segment(_) | Self::Fpu(_) | Self::Mxcsr => 4,
+            Self::Eflags | Self::Segment(_) | Self::Fpu(_) | Self::Mxcsr | Self::Pkru => 4,
             Self::St(_) => 10,
-            Self::Xmm(_) | Self::YmmHigh(_) => 16,
+            Self::Xmm(_) | Self::YmmHigh(_) | Self::UpperXmm(_) | Self::UpperYmmHigh(_) => 16,
+            Self::ZmmHigh(_) => 32,
             _ => 8,
         }
     }
@@ -137,6 +153,11 @@ impl Kind {
             Self::KernelGsBase => "k_gs_base".into(),
             Self::Control(name) => format!("{name:?}").to_lowercase(),
             Self::YmmHigh(i) => format!("ymm{i}h"),
+            Self::UpperXmm(i) => format!("xmm{}", i + 16),
+            Self::UpperYmmHigh(i) => format!("ymm{}h", i + 16),
+            Self::Mask(i) => format!("k{i}"),
+            Self::ZmmHigh(i) => format!("zmm{i}h"),
+            Self::Pkru => "pkru".into(),
         }
     }
 
@@ -146,18 +167,49 @@ impl Kind {
             Self::Rip => "code_ptr",
             Self::Eflags => "i386_eflags",
             Self::St(_) => "i387_ext",
-            Self::Xmm(_) => "vec128",
+            Self::Xmm(_) | Self::UpperXmm(_) => "vec128",
             Self::Mxcsr => "i386_mxcsr",
-            Self::YmmHigh(_) => "uint128",
+            Self::YmmHigh(_) | Self::UpperYmmHigh(_) => "uint128",
+            Self::Mask(_) => "uint64",
+            Self::ZmmHigh(_) => "v2ui128",
             Self::General(_) | Self::FsBase | Self::GsBase | Self::KernelGsBase | Self::Control(_) => "int64",
-            Self::Segment(_) | Self::Fpu(_) => "int",
+            Self::Segment(_) | Self::Fpu(_) | Self::Pkru => "int",
         }
     }
 }
 
-/// The registers that belong to the description without AVX, and with it.
-const WITHOUT_AVX: u16 = 66;
-const WITH_AVX: u16 = 82;
+/// One more than the highest number.
+const END: u16 = 155;
+
+/// A feature of the description: registers that are there together.
+struct Feature {
+    name: &'static str,
+    /// Types that its registers have: GDB looks for them in the same feature only.
+    types: &'static [&'static str],
+    numbers: Range<u16>,
+    is_had: fn(Extensions) -> bool,
+}
+
+/// GDB's own features, and one of ours for what it has no name for.
+const FEATURES: [Feature; 7] = [
+    Feature { name: "org.gnu.gdb.i386.core", types: &[CORE_TYPES], numbers: 0..40, is_had: |_| true },
+    Feature { name: "org.gnu.gdb.i386.sse", types: &[VECTOR_TYPE, MXCSR_TYPE], numbers: 40..57, is_had: |_| true },
+    Feature { name: "org.gnu.gdb.i386.segments", types: &[], numbers: 57..59, is_had: |_| true },
+    Feature { name: "org.hermit-os.uhyve.system", types: &[], numbers: 59..66, is_had: |_| true },
+    Feature { name: "org.gnu.gdb.i386.avx", types: &[], numbers: 66..82, is_had: |has| has.avx },
+    Feature {
+        name: "org.gnu.gdb.i386.avx512",
+        types: &[VECTOR_TYPE, AVX512_TYPE],
+        numbers: 82..154,
+        is_had: |has| has.avx512,
+    },
+    Feature { name: "org.gnu.gdb.i386.pkeys", types: &[], numbers: 154..END, is_had: |has| has.pkru },
+];
+
+/// The numbers of the registers that a vCPU has, in the order of `g`.
+fn numbers(has: Extensions) -> impl Iterator<Item = u16> {
+    FEATURES.into_iter().filter(move |feature| (feature.is_had)(has)).flat_map(|feature| feature.numbers)
+}
 
 /// A register's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,17 +256,19 @@ pub struct VcpuState {
     fpu: FpuState,
     kernel_gs_base: u64,
     ymm_high: [u128; 16],
+    extended: ExtendedState,
 }
 
 impl VcpuState {
-    /// Reads a vCPU that stands still; the upper halves of the YMM registers with `avx` only.
-    pub fn read(cpu: &mut dyn Vcpu, avx: bool) -> Result<Self> {
+    /// Reads a vCPU that stands still, as far as it has the registers.
+    pub fn read(cpu: &mut dyn Vcpu, has: Extensions) -> Result<Self> {
         Ok(Self {
             registers: cpu.registers()?,
             system: cpu.system_registers()?,
             fpu: cpu.fpu()?,
             kernel_gs_base: cpu.msr(KERNEL_GS_BASE).unwrap_or(0),
-            ymm_high: if avx { cpu.ymm_high()? } else { [0; 16] },
+            ymm_high: if has.avx { cpu.ymm_high()? } else { [0; 16] },
+            extended: if has.avx512 || has.pkru { cpu.extended()? } else { ExtendedState::default() },
         })
     }
 
@@ -231,6 +285,9 @@ impl VcpuState {
         }
         if self.ymm_high != before.ymm_high {
             cpu.set_ymm_high(&self.ymm_high)?;
+        }
+        if self.extended != before.extended {
+            cpu.set_extended(&self.extended)?;
         }
         if self.kernel_gs_base != before.kernel_gs_base {
             cpu.set_msr(KERNEL_GS_BASE, self.kernel_gs_base)?;
@@ -257,6 +314,11 @@ impl VcpuState {
             Kind::KernelGsBase => wide(self.kernel_gs_base),
             Kind::Control(name) => wide(self.control(name)),
             Kind::YmmHigh(i) => self.ymm_high[i].to_le_bytes().to_vec(),
+            Kind::UpperXmm(i) => self.extended.zmm_upper[i][0].to_le_bytes().to_vec(),
+            Kind::UpperYmmHigh(i) => self.extended.zmm_upper[i][1].to_le_bytes().to_vec(),
+            Kind::Mask(i) => wide(self.extended.masks[i]),
+            Kind::ZmmHigh(i) => self.zmm_high(i).map(u128::to_le_bytes).concat(),
+            Kind::Pkru => narrow(self.extended.pkru),
         }
     }
 
@@ -266,9 +328,9 @@ impl VcpuState {
         if bytes.len() < kind.size() || self.get(number) == bytes[..kind.size()] {
             return bytes.len() >= kind.size();
         }
-        let mut padded = [0u8; 16];
+        let mut padded = [0u8; 32];
         padded[..kind.size()].copy_from_slice(&bytes[..kind.size()]);
-        let vector = u128::from_le_bytes(padded);
+        let [low, high] = [0, 16].map(|at| u128::from_le_bytes(padded[at..at + 16].try_into().expect("sixteen")));
         let [a, b, c, d, e, f, g, h, ..] = padded;
         let wide = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
         let narrow = u32::from_le_bytes([a, b, c, d]);
@@ -279,15 +341,26 @@ impl VcpuState {
             Kind::Segment(name) => self.segment_mut(name).selector = u16::from_le_bytes([a, b]),
             Kind::St(i) => self.fpu.st[i][..10].copy_from_slice(&padded[..10]),
             Kind::Fpu(field) => self.set_fpu_field(field, narrow),
-            Kind::Xmm(i) => self.fpu.xmm[i] = vector,
+            Kind::Xmm(i) => self.fpu.xmm[i] = low,
             Kind::Mxcsr => self.fpu.mxcsr = narrow,
             Kind::FsBase => self.system.fs.base = wide,
             Kind::GsBase => self.system.gs.base = wide,
             Kind::KernelGsBase => self.kernel_gs_base = wide,
             Kind::Control(name) => *self.control_mut(name) = wide,
-            Kind::YmmHigh(i) => self.ymm_high[i] = vector,
+            Kind::YmmHigh(i) => self.ymm_high[i] = low,
+            Kind::UpperXmm(i) => self.extended.zmm_upper[i][0] = low,
+            Kind::UpperYmmHigh(i) => self.extended.zmm_upper[i][1] = low,
+            Kind::Mask(i) => self.extended.masks[i] = wide,
+            Kind::ZmmHigh(i) if i < 16 => self.extended.zmm_high[i] = [low, high],
+            Kind::ZmmHigh(i) => self.extended.zmm_upper[i - 16][2..].copy_from_slice(&[low, high]),
+            Kind::Pkru => self.extended.pkru = narrow,
         }
         true
+    }
+
+    fn zmm_high(&self, register: usize) -> [u128; 2] {
+        let ExtendedState { zmm_high, zmm_upper, .. } = &self.extended;
+        if register < 16 { zmm_high[register] } else { [zmm_upper[register - 16][2], zmm_upper[register - 16][3]] }
     }
 
     fn segment(&self, name: SegmentName) -> &Segment {
@@ -410,17 +483,17 @@ pub struct RegisterFile {
 
 impl RegisterFile {
     /// The file for a state.
-    pub fn new(state: &VcpuState, avx: bool) -> Self {
-        Self { bytes: (0..count(avx)).flat_map(|number| state.get(number)).collect() }
+    pub fn new(state: &VcpuState, has: Extensions) -> Self {
+        Self { bytes: numbers(has).flat_map(|number| state.get(number)).collect() }
     }
 
     /// Sets each register whose bytes are there. False if not even the core registers are.
-    pub fn apply(&self, state: &mut VcpuState, avx: bool) -> bool {
+    pub fn apply(&self, state: &mut VcpuState, has: Extensions) -> bool {
         if self.bytes.len() < CORE_SIZE {
             return false;
         }
         let mut rest = self.bytes.as_slice();
-        for number in 0..count(avx) {
+        for number in numbers(has) {
             let size = Kind::of(number).map_or(0, Kind::size);
             if !state.set(number, rest) {
                 break;
@@ -449,10 +522,6 @@ impl ArchRegisters for RegisterFile {
     }
 }
 
-fn count(avx: bool) -> u16 {
-    if avx { WITH_AVX } else { WITHOUT_AVX }
-}
-
 /// x86-64 with our register numbers.
 pub enum Amd64 {}
 
@@ -470,41 +539,40 @@ const CORE_TYPES: &str = r#"<flags id="i386_eflags" size="4">
 <field name="IF" start="9" end="9"/><field name="DF" start="10" end="10"/><field name="OF" start="11" end="11"/><field name="NT" start="14" end="14"/>
 <field name="RF" start="16" end="16"/><field name="VM" start="17" end="17"/><field name="AC" start="18" end="18"/><field name="VIF" start="19" end="19"/>
 <field name="VIP" start="20" end="20"/><field name="ID" start="21" end="21"/></flags>"#;
-const SSE_TYPES: &str = r#"<vector id="v8bf16" type="bfloat16" count="8"/><vector id="v4f" type="ieee_single" count="4"/><vector id="v2d" type="ieee_double" count="2"/>
+const VECTOR_TYPE: &str = r#"<vector id="v8bf16" type="bfloat16" count="8"/><vector id="v4f" type="ieee_single" count="4"/><vector id="v2d" type="ieee_double" count="2"/>
 <vector id="v16i8" type="int8" count="16"/><vector id="v8i16" type="int16" count="8"/><vector id="v4i32" type="int32" count="4"/>
 <vector id="v2i64" type="int64" count="2"/><union id="vec128"><field name="v8_bfloat16" type="v8bf16"/><field name="v4_float" type="v4f"/><field name="v2_double" type="v2d"/>
 <field name="v16_int8" type="v16i8"/><field name="v8_int16" type="v8i16"/><field name="v4_int32" type="v4i32"/>
-<field name="v2_int64" type="v2i64"/><field name="uint128" type="uint128"/></union><flags id="i386_mxcsr" size="4">
+<field name="v2_int64" type="v2i64"/><field name="uint128" type="uint128"/></union>"#;
+const MXCSR_TYPE: &str = r#"<flags id="i386_mxcsr" size="4">
 <field name="IE" start="0" end="0"/><field name="DE" start="1" end="1"/><field name="ZE" start="2" end="2"/><field name="OE" start="3" end="3"/>
 <field name="UE" start="4" end="4"/><field name="PE" start="5" end="5"/><field name="DAZ" start="6" end="6"/><field name="IM" start="7" end="7"/>
 <field name="DM" start="8" end="8"/><field name="ZM" start="9" end="9"/><field name="OM" start="10" end="10"/><field name="UM" start="11" end="11"/>
 <field name="PM" start="12" end="12"/><field name="FZ" start="15" end="15"/></flags>"#;
 
-/// `target.xml`: GDB's own features, and one of ours for what it has no name for.
-pub fn target_description(avx: bool) -> String {
+const AVX512_TYPE: &str = r#"<vector id="v2ui128" type="uint128" count="2"/>"#;
+
+/// `target.xml`: the features that a vCPU has.
+pub fn target_description(has: Extensions) -> String {
     let mut text = String::from(
         "<?xml version=\"1.0\"?><!DOCTYPE target SYSTEM \"gdb-target.dtd\">\n<target version=\"1.0\"><architecture>i386:x86-64</architecture>\n",
     );
-    let features: [(&str, &str, std::ops::Range<u16>); 5] = [
-        ("org.gnu.gdb.i386.core", CORE_TYPES, 0..40),
-        ("org.gnu.gdb.i386.sse", SSE_TYPES, 40..57),
-        ("org.gnu.gdb.i386.segments", "", 57..59),
-        ("org.hermit-os.uhyve.system", "", 59..WITHOUT_AVX),
-        ("org.gnu.gdb.i386.avx", "", WITHOUT_AVX..WITH_AVX),
-    ];
-    for (name, types, numbers) in features {
-        if numbers.start >= count(avx) {
-            continue;
-        }
-        let _ = writeln!(text, "<feature name=\"{name}\">{types}");
-        for kind in numbers.clone().filter_map(Kind::of) {
+    for feature in FEATURES.into_iter().filter(|feature| (feature.is_had)(has)) {
+        let _ = writeln!(text, "<feature name=\"{}\">{}", feature.name, feature.types.concat());
+        let first = feature.numbers.start;
+        for (number, kind) in feature.numbers.filter_map(|number| Some((number, Kind::of(number)?))) {
             let group = match kind {
                 Kind::St(_) | Kind::Fpu(_) => " group=\"float\"",
-                Kind::Control(_) | Kind::KernelGsBase => " group=\"system\"",
+                Kind::Control(_) | Kind::KernelGsBase | Kind::Pkru => " group=\"system\"",
                 _ => "",
             };
             let (name, bits, of) = (kind.name(), kind.size() * 8, kind.gdb_type());
-            let _ = writeln!(text, "<reg name=\"{name}\" bitsize=\"{bits}\" type=\"{of}\"{group}/>");
+            let _ = write!(text, "<reg name=\"{name}\" bitsize=\"{bits}\" type=\"{of}\"{group}");
+            // The numbers of those that follow count up from it.
+            if number == first {
+                let _ = write!(text, " regnum=\"{number}\"");
+            }
+            text.push_str("/>\n");
         }
         text.push_str("</feature>\n");
     }
@@ -516,18 +584,21 @@ pub fn target_description(avx: bool) -> String {
 mod tests {
     use super::*;
 
+    const ALL: Extensions = Extensions { avx: true, avx512: true, pkru: true };
+
     #[test]
     fn test_register_file_of_a_state_applied_to_another_gives_the_same_state() {
         let mut state = VcpuState::default();
-        for number in 0..WITH_AVX {
+        for number in 0..END {
             let size = Kind::of(number).unwrap().size();
             let value: Vec<u8> = (0..size).map(|i| u8::try_from(number).unwrap() ^ u8::try_from(i).unwrap()).collect();
             assert!(state.set(number, &value));
         }
-        let file = RegisterFile::new(&state, true);
+        let file = RegisterFile::new(&state, ALL);
         let mut other = VcpuState::default();
-        assert!(file.apply(&mut other, true));
-        assert_eq!(RegisterFile::new(&other, true), file);
+        assert!(file.apply(&mut other, ALL));
+        assert_eq!(RegisterFile::new(&other, ALL), file);
+        assert_eq!(other, state);
         assert_eq!(file.pc(), state.registers.rip);
     }
 
@@ -554,20 +625,52 @@ mod tests {
     fn test_short_and_unknown_registers_are_refused() {
         let mut state = VcpuState::default();
         assert!(!state.set(0, &[1, 2, 3]));
-        assert!(!state.set(WITH_AVX, &[0; 16]));
+        assert!(!state.set(END, &[0; 16]));
         let mut file = RegisterFile::default();
         file.gdb_deserialize(&[0; 100]).unwrap();
-        assert!(!file.apply(&mut state, false));
+        assert!(!file.apply(&mut state, Extensions::default()));
         assert!(state.get(999).is_empty());
     }
 
     #[test]
-    fn test_description_names_each_register_once_and_avx_only_where_it_is() {
-        let text = target_description(true);
-        for number in 0..WITH_AVX {
+    fn test_description_names_each_register_once_and_extensions_only_where_they_are() {
+        let text = target_description(ALL);
+        for number in 0..END {
             let name = Kind::of(number).unwrap().name();
             assert_eq!(text.matches(&format!("<reg name=\"{name}\"")).count(), 1, "{name}");
         }
-        assert!(!target_description(false).contains("ymm0h"));
+        assert!(Kind::of(END).is_none());
+        for feature in text.split("<feature").filter(|feature| feature.contains("vec128")) {
+            assert!(feature.contains("<union id=\"vec128\""), "{feature}");
+        }
+        let plain = target_description(Extensions::default());
+        for name in ["ymm0h", "xmm16", "k0", "zmm0h", "pkru"] {
+            assert!(!plain.contains(&format!("\"{name}\"")), "{name}");
+        }
+        let keys = Extensions { pkru: true, ..Default::default() };
+        assert!(
+            target_description(keys)
+                .contains("name=\"pkru\" bitsize=\"32\" type=\"int\" group=\"system\" regnum=\"154\"")
+        );
+        let (with, without) =
+            [keys, Extensions::default()].map(|has| RegisterFile::new(&VcpuState::default(), has)).into();
+        assert_eq!(with.bytes.len(), without.bytes.len() + 4);
+    }
+
+    #[test]
+    fn test_parts_of_a_vector_register_of_avx512_lie_in_the_state_that_xsave_has() {
+        let mut state = VcpuState::default();
+        let parts = [(40u16, 1u8, 16), (66, 2, 16), (122, 3, 32), (82, 5, 16), (98, 6, 16), (138, 7, 32), (115, 9, 8)];
+        for (number, value, size) in parts {
+            let mut bytes = vec![0; size];
+            (bytes[0], bytes[size - 1]) = (value, value);
+            assert!(state.set(number, &bytes));
+            assert_eq!(state.get(number), bytes);
+        }
+        let ExtendedState { masks, zmm_high, zmm_upper, .. } = &state.extended;
+        let ends = |value: u128| value << 120 | value;
+        assert_eq!((state.fpu.xmm[0], state.ymm_high[0], zmm_high[0]), (ends(1), ends(2), [3, 3 << 120]));
+        assert_eq!(zmm_upper[0], [ends(5), ends(6), 7, 7 << 120]);
+        assert_eq!(masks[1], 9 << 56 | 9);
     }
 }

@@ -28,6 +28,7 @@ use crate::debug::engine::{Plan, Status};
 use crate::debug::stop::{Stop, StopReason};
 use crate::error::{Error, Result};
 use crate::paging::PagingMode;
+use crate::registers::Extensions;
 use crate::vm::Machine;
 
 /// Errors that a client gets, in Linux' numbers.
@@ -64,7 +65,7 @@ pub struct GdbTarget {
     /// Text for the client's console that waits to be sent.
     pub(super) messages: String,
     pub(super) request: Option<Request>,
-    avx: bool,
+    has: Extensions,
     description: String,
     files: HostFiles,
     was_run: bool,
@@ -73,7 +74,7 @@ pub struct GdbTarget {
 impl GdbTarget {
     /// A session's view of a VM that stands still.
     pub fn new(machine: Arc<Machine>, policy: Option<Arc<dyn Policy>>) -> Self {
-        let avx = machine.with_vcpu(0, |context| Ok(context.cpu.ymm_high().is_ok())).unwrap_or(false);
+        let has = machine.with_vcpu(0, |context| Ok(context.cpu.extensions())).unwrap_or_default();
         let files = HostFiles::new(machine.image.name(), machine.image.kernel().clone());
         let plan = vec![Plan::Run; machine.cpus() as usize];
         Self {
@@ -88,8 +89,8 @@ impl GdbTarget {
             threads: Vec::new(),
             messages: String::new(),
             request: None,
-            avx,
-            description: target_description(avx),
+            has,
+            description: target_description(has),
             files,
             was_run: false,
         }
@@ -214,10 +215,10 @@ impl GdbTarget {
     /// The registers of a thread.
     pub(super) fn state(&self, tid: Tid) -> TargetResult<VcpuState, Self> {
         let thread = self.thread(tid).ok_or(TargetError::Errno(ESRCH))?;
-        let avx = self.avx;
+        let has = self.has;
         let mut state = self
             .machine
-            .with_vcpu(thread.vcpu, |context| VcpuState::read(context.cpu.as_mut(), avx))
+            .with_vcpu(thread.vcpu, |context| VcpuState::read(context.cpu.as_mut(), has))
             .map_err(|error| refused(&error))?;
         for (register, value) in &thread.saved {
             let _ = state.registers.set(*register, *value) || state.system.set(*register, *value);
@@ -231,9 +232,9 @@ impl GdbTarget {
             // The registers of a task that is not running lie in memory, in a form that only its kernel knows.
             return Err(TargetError::Errno(EINVAL));
         }
-        let (vcpu, avx) = (thread.vcpu, self.avx);
+        let (vcpu, has) = (thread.vcpu, self.has);
         let changed = self.machine.with_vcpu(vcpu, |context| {
-            let before = VcpuState::read(context.cpu.as_mut(), avx)?;
+            let before = VcpuState::read(context.cpu.as_mut(), has)?;
             let mut after = before;
             if !change(&mut after) {
                 return Ok(false);
@@ -349,13 +350,13 @@ impl Target for GdbTarget {
 
 impl MultiThreadBase for GdbTarget {
     fn read_registers(&mut self, regs: &mut RegisterFile, tid: Tid) -> TargetResult<(), Self> {
-        *regs = RegisterFile::new(&self.state(tid)?, self.avx);
+        *regs = RegisterFile::new(&self.state(tid)?, self.has);
         Ok(())
     }
 
     fn write_registers(&mut self, regs: &RegisterFile, tid: Tid) -> TargetResult<(), Self> {
-        let avx = self.avx;
-        self.change_state(tid, |state| regs.apply(state, avx))
+        let has = self.has;
+        self.change_state(tid, |state| regs.apply(state, has))
     }
 
     fn support_single_register_access(&mut self) -> Option<SingleRegisterAccessOps<'_, Tid, Self>> {

@@ -4,7 +4,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::bus::{CoreBus, Devices, Outside, fetch};
-use super::cpu::CpuExit;
+use super::cpu::{CpuExit, Missing};
 use super::mmu::{Mmu, Mode, Watched};
 use super::operand::Machine;
 use super::platform::{Platform, Reply};
@@ -78,6 +78,17 @@ impl Core {
         self.mmu.set_mode(Mode::new(&self.state.core.system, self.state.core.registers.rflags));
     }
 
+    /// Whether code is of 64-bit mode.
+    pub fn is_in_long_mode(&self) -> bool {
+        self.state.core.system.cs.attributes & segment_attributes::L != 0
+    }
+
+    /// Refuses an instruction that needs what is missing.
+    pub fn lack(&mut self, what: Missing) -> Outcome {
+        self.exit = Some(CpuExit::Missing(what));
+        Outcome::Unsupported
+    }
+
     /// Executes the instruction at RIP and delivers what it raises.
     pub fn slow_step(&mut self, platform: &mut dyn Platform) -> Slow {
         let decoded = match self.decode() {
@@ -93,8 +104,8 @@ impl Core {
         if !self.mmu.is_canonical(rip) {
             return Err(Fault::with_code(13, 0));
         }
-        if self.state.core.system.cs.attributes & segment_attributes::L == 0 {
-            // Compatibility mode is not offered: no instruction is known there.
+        if !self.is_in_long_mode() {
+            // The other modes are missing: no instruction is known there.
             return Err(Fault::plain(6));
         }
         let mut code = [0; MAX_LENGTH];

@@ -14,7 +14,7 @@ use super::platform::Platform;
 use super::state::{DeviceAccess, Fault, State};
 use crate::backend::DataAccess;
 use crate::memory::GuestMemory;
-use crate::registers::{FpuState, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Registers, SystemRegisters, segment_attributes};
+use crate::registers::{FpuState, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Registers, SystemRegisters};
 
 /// Why [`Cpu::run`] returned. RIP and the instruction count are exact at every exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,11 +77,28 @@ pub enum CpuExit {
     },
     /// One instruction has retired (or an exception or interrupt was delivered) with [`DebugOptions::single_step`].
     SingleStep,
-    /// The instruction at RIP goes to a code segment of 32 or 16 bits: compatibility mode, which this CPU does not have.
-    /// Nothing of it is done.
-    CompatibilityMode,
+    /// The instruction at RIP needs what this CPU has not got; nothing of it is done.
+    Missing(Missing),
     /// A triple fault. The CPU executes nothing any more until its state is set anew.
     Shutdown,
+}
+
+/// What a CPU of this architecture may have and this one has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// Any mode but the 64-bit one: the instruction leads there, or the CPU is there already.
+    LegacyMode,
+    /// Far calls and jumps through a gate.
+    CallGate,
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::LegacyMode => "compatibility mode, nor any other but 64-bit mode",
+            Self::CallGate => "call gates",
+        })
+    }
 }
 
 /// The most instructions between two looks at the flag and at interrupts.
@@ -274,7 +291,7 @@ impl Cpu {
             || state.interrupt_shadow
             || state.core.registers.rflags & (RFLAGS_TF | RFLAGS_RF) != 0
             || state.debug[7] & 0xff != 0
-            || state.core.system.cs.attributes & segment_attributes::L == 0
+            || !self.engine.core.is_in_long_mode()
             || super::checks_alignment(&state.core)
     }
 
@@ -316,6 +333,10 @@ impl Cpu {
     /// One instruction by the slow executor.
     fn execute_one(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
         self.engine.settle();
+        let core = &self.engine.core;
+        if !core.is_in_long_mode() && !core.is_lent {
+            return Some(CpuExit::Missing(Missing::LegacyMode));
+        }
         self.engine.core.mmu.watched = None;
         let slow = if self.hooks.is_some() { self.traced_step(platform) } else { self.engine.core.slow_step(platform) };
         match slow {

@@ -52,7 +52,7 @@ mod vector_move;
 mod vector_soft;
 mod xsave;
 
-pub use cpu::{Cpu, CpuExit};
+pub use cpu::{Cpu, CpuExit, Missing};
 pub use cpuid::cpuid;
 pub use hooks::{DebugOptions, Hooks, WatchKind, Watchpoint};
 pub use platform::{MsrReply, Platform, Reply};
@@ -291,6 +291,26 @@ fn run(machine: &mut Machine) -> operand::Step {
         }
     }
     Err(Outcome::Unsupported)
+}
+
+/// Whether the instruction that `code` starts with is a matter of the CPU's own registers, a few MSRs (STAR, LSTAR, FMASK,
+/// KERNEL_GS_BASE) and memory: no device, no other MSR, not the time, nothing that a hypervisor keeps elsewhere.
+pub fn is_self_contained(code: &[u8]) -> bool {
+    use Mnemonic as M;
+    let Ok(instruction) = decode(code, 0) else { return false };
+    let is_own = match instruction.mnemonic() {
+        M::Int | M::Int1 | M::Syscall | M::Sysretq | M::Iretq | M::Iretd | M::Iret | M::Swapgs | M::Retf => true,
+        M::Lar | M::Lsl | M::Verr | M::Verw | M::Stac | M::Clac | M::Lss | M::Lfs | M::Lgs | M::Enter | M::Leave => {
+            true
+        }
+        _ => !privileged::needs_machine(&instruction),
+    };
+    is_own && !core::shows_machine(&instruction)
+}
+
+/// Whether `code` starts with SWAPGS.
+pub fn is_swapgs(code: &[u8]) -> bool {
+    code.starts_with(&[0x0f, 0x01, 0xf8])
 }
 
 /// Whether every unaligned access would raise #AC, which is not emulated.

@@ -86,7 +86,7 @@ impl System<'_> {
             M::Iretd => self.iret(4)?,
             M::Iret => self.iret(2)?,
             M::Syscall => self.syscall()?,
-            M::Sysretq => self.sysret()?,
+            M::Sysretq | M::Sysret => self.sysret()?,
             M::Swapgs => self.swapgs()?,
             M::Int => self.software_interrupt(self.instruction.immediate8())?,
             M::Int3 => self.breakpoint()?,
@@ -137,7 +137,6 @@ impl System<'_> {
             M::Verr | M::Verw => self.verify_segment()?,
             M::Jmp | M::Call => return self.far_transfer(),
             M::Retf => self.far_return()?,
-            M::Sysret => self.sysret_to_32_bits()?,
             M::Monitor | M::Mwait | M::Sysenter | M::Sysexit | M::Sysexitq => return Err(UNDEFINED),
             _ => return Ok(false),
         }

@@ -3,10 +3,12 @@
 
 use super::Outcome;
 use super::core::Core;
-use super::cpu::CpuExit;
-use super::operand::Step;
+use super::cpu::Missing;
 use super::state::Fault;
 use crate::registers::{DescriptorTable, Segment, segment_attributes as attributes};
+
+/// Type of a 64-bit call gate.
+const CALL_GATE: u16 = 0xc;
 
 /// A descriptor: eight bytes of a code or data segment, sixteen of a system segment.
 #[derive(Debug, Clone, Copy)]
@@ -67,9 +69,9 @@ impl Descriptor {
         self.is_code() && self.has(attributes::L) && !self.has(attributes::DB)
     }
 
-    /// A code segment of 64-bit mode and of 32 bits at once, which is none.
-    fn is_reserved_code(&self) -> bool {
-        self.is_code() && self.has(attributes::L) && self.has(attributes::DB)
+    /// A code segment of any mode.
+    fn is_valid_code(&self) -> bool {
+        self.is_code() && !(self.has(attributes::L) && self.has(attributes::DB))
     }
 
     pub fn is_conforming(&self) -> bool {
@@ -194,25 +196,42 @@ impl Core {
     }
 
     /// Checks a code selector as the target of a far jump or call (same privilege).
-    pub fn far_target(&mut self, selector: u16) -> Step<Segment> {
+    pub fn far_target(&mut self, selector: u16) -> Result<Segment, Outcome> {
         if selector & !3 == 0 {
             return Err(Fault::with_code(13, 0).into());
         }
         let level = self.privilege();
         let descriptor = self.descriptor_or_fault(selector)?;
         let [requested, _] = (selector & 3).to_le_bytes();
+        if descriptor.system_type() == Some(CALL_GATE) && descriptor.dpl() >= level.max(requested) {
+            return Err(self.lack(Missing::CallGate));
+        }
         let is_allowed = if descriptor.is_conforming() {
             descriptor.dpl() <= level
         } else {
             descriptor.dpl() == level && requested <= level
         };
         self.check_code(selector, &descriptor, is_allowed)?;
-        self.mark_accessed(selector, &descriptor)?;
         Ok(descriptor.segment(selector & !3 | u16::from(level)))
     }
 
+    /// Checks a code segment that privilege levels allow or not, and marks it as accessed.
+    fn check_code(&mut self, selector: u16, descriptor: &Descriptor, is_allowed: bool) -> Result<(), Outcome> {
+        if !descriptor.is_valid_code() || !is_allowed {
+            return Err(selector_fault(13, selector).into());
+        }
+        if !descriptor.is_present() {
+            return Err(selector_fault(11, selector).into());
+        }
+        if !descriptor.is_code64() {
+            return Err(self.lack(Missing::LegacyMode));
+        }
+        self.mark_accessed(selector, descriptor)?;
+        Ok(())
+    }
+
     /// Checks a code and a stack selector as what IRET or RET returns to.
-    pub fn return_target(&mut self, code: u16, stack: Option<u16>) -> Step<(Segment, Option<Segment>)> {
+    pub fn return_target(&mut self, code: u16, stack: Option<u16>) -> Result<(Segment, Option<Segment>), Outcome> {
         if code & !3 == 0 {
             return Err(Fault::with_code(13, 0).into());
         }
@@ -221,34 +240,11 @@ impl Core {
         let is_allowed = requested >= self.privilege()
             && if descriptor.is_conforming() { descriptor.dpl() <= requested } else { descriptor.dpl() == requested };
         self.check_code(code, &descriptor, is_allowed)?;
-        self.mark_accessed(code, &descriptor)?;
         let stack = match stack {
             Some(stack) => Some(self.return_stack(stack, requested)?),
             None => None,
         };
         Ok((descriptor.segment(code), stack))
-    }
-
-    /// Checks the code segment of a far transfer. With one of 32 or 16 bits, which a CPU would go on with in compatibility
-    /// mode, the instruction ends in [`CpuExit::CompatibilityMode`].
-    fn check_code(&mut self, selector: u16, descriptor: &Descriptor, is_allowed: bool) -> Step {
-        if !descriptor.is_code() || !is_allowed || descriptor.is_reserved_code() {
-            return Err(selector_fault(13, selector).into());
-        }
-        if !descriptor.is_present() {
-            return Err(selector_fault(11, selector).into());
-        }
-        if descriptor.is_code64() {
-            return Ok(());
-        }
-        Err(self.refuse_compatibility_mode())
-    }
-
-    /// Ends the instruction, which goes to compatibility mode.
-    pub fn refuse_compatibility_mode(&mut self) -> Outcome {
-        // The owner of a lent CPU has that mode.
-        self.exit = Some(if self.is_lent { CpuExit::Foreign(None) } else { CpuExit::CompatibilityMode });
-        Outcome::Unsupported
     }
 
     fn return_stack(&mut self, stack: u16, level: u8) -> Result<Segment, Fault> {

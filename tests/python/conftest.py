@@ -108,7 +108,7 @@ def cpu_kind(backend: str, capabilities: dict[str, Any]) -> str:
 
 @pytest.fixture
 def shutdown_keeps_registers(backend: str) -> bool:
-    """Whether a vCPU after a triple fault still has its registers.
+    """Whether a vCPU after a triple fault has its registers in any case.
 
     On AMD's SVM they are undefined then (AMD64 manual, volume 2, 15.14.3), and KVM resets the vCPU.
     """

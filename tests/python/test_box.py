@@ -23,8 +23,11 @@ def test_vms_and_images_in_the_box_pass_there_too() -> None:
         if os.environ.get("UHYVE_REQUIRE_BOX") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-    # What is different on a whole KVM: booting real images, and how breakpoints are made. `make box` runs everything.
-    names = ("images", "vm/test_run.py", "vm/test_debugger.py", "vm/test_debugger_breakpoints.py")
+    # What is different on a whole KVM: real images, how breakpoints are made and steps end. `make box` runs all.
+    names = [
+        "images",
+        *(f"vm/test_{name}.py" for name in ("run", "debugger", "debugger_breakpoints", "steps_of_a_cpu")),
+    ]
     tests = [REPOSITORY / "tests" / "python" / name for name in names]
     pytest_run = [sys.executable, "-m", "pytest", "-m", "not box and not slow", "-p", "no:cacheprovider", "-q", *tests]
 

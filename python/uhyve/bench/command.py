@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TextIO
 
 import click
@@ -20,6 +21,12 @@ __all__ = ["bench"]
     "--fail-if", "limits", multiple=True, metavar="'CASE.METRIC>N'", help="End with 1 if so. May be repeated."
 )
 @click.option("--compare", "other", type=click.File(), metavar="OLD.json", help="What has changed since that report.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw it: an .svg, .png or .html file. Needs uhyve[plot].",
+)
 @click.option("--list", "is_list", is_flag=True, help="Say which cases there are, and measure nothing.")
 @click.argument("cases", nargs=-1)
 def bench(
@@ -30,10 +37,14 @@ def bench(
     exits: bool,
     limits: tuple[str, ...],
     other: TextIO | None,
+    plot: Path | None,
     is_list: bool,
 ) -> None:
     """Measures what an exit costs here: all CASES, or those that are named."""
     from uhyve.bench import CASES, compare, holds, run
+    from uhyve.bench.compare import read
+    from uhyve.bench.plot import check, save
+    from uhyve.bench.report import parsed
     from uhyve.bench.table import show
 
     if is_list:
@@ -44,6 +55,12 @@ def bench(
     for name in cases:
         if name not in known:
             raise click.UsageError(f"there is no case {name!r}; there are {', '.join(known)}")
+    # What was asked for wrongly is told before anything is measured.
+    for limit in limits:
+        parsed(limit)
+    old = None if other is None else read(other.read())
+    if plot is not None:
+        check(plot)
     is_seen = sys.stderr.isatty()
     report = run(
         cases,
@@ -57,8 +74,10 @@ def bench(
         click.echo(json.dumps(report.as_dict(), indent=1))
     else:
         show(report, sys.stdout, exits)
-    if other is not None:
-        for change in compare(report, json.load(other)):
+    if plot is not None:
+        save(report, plot)
+    if old is not None:
+        for change in compare(report, old):
             click.echo(str(change), err=as_json)
     broken = [limit for limit in limits if holds(report, limit)]
     for limit in broken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from uhyve.errors import ConfigError
 if TYPE_CHECKING:
     from uhyve.bench.report import Report
 
-__all__ = ["Change", "compare"]
+__all__ = ["Change", "compare", "read"]
 
 _MATTERS: Final = 0.03
 """What changes by less is called the same."""
@@ -44,18 +45,31 @@ class Change:
         return f"{self.name:<16} × {self.change:.3f} ({self.interval[0]:.3f}–{self.interval[1]:.3f})  {self.verdict}"
 
 
+def read(text: str) -> dict[str, Any]:
+    """The JSON of a report. Raises ``ConfigError`` if it is none, or of another format."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the other report is no JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        given = found.get("schema") if isinstance(found, dict) else type(found).__name__
+        raise ConfigError(f"the other report has the format {given!r}, this is {SCHEMA!r}")
+    return found
+
+
 def compare(new: Report, old: dict[str, Any]) -> list[Change]:
     """The cases that both have; ``old`` is the JSON of a report. Raises ``ConfigError`` if it has another format."""
     if old.get("schema") != SCHEMA:
         raise ConfigError(f"the other report has the format {old.get('schema')!r}, this is {SCHEMA!r}")
-    before = {result["name"]: result for result in old["results"]}
-    changes = []
-    for result in new.results:
-        if result.name in before:
-            other = before[result.name]
-            after = _relative(result.rounds, result.floors)
-            changes.append(_change(result.name, after, _relative(other["rounds"], other["floors"])))
-    return changes
+    try:
+        before = {result["name"]: _relative(result["rounds"], result["floors"]) for result in old["results"]}
+        return [
+            _change(result.name, _relative(result.rounds, result.floors), before[result.name])
+            for result in new.results
+            if result.name in before
+        ]
+    except (ArithmeticError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"the other report is damaged: {error!r}") from None
 
 
 def _relative(rounds: list[float], floors: list[float]) -> list[float]:

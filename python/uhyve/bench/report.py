@@ -11,7 +11,19 @@ from typing import Any, Final
 
 from uhyve.errors import ConfigError
 
-__all__ = ["SCHEMA", "Exits", "Report", "Result", "Summary", "Verdict", "coarse", "holds", "quantile", "summarize"]
+__all__ = [
+    "SCHEMA",
+    "Exits",
+    "Report",
+    "Result",
+    "Summary",
+    "Verdict",
+    "coarse",
+    "holds",
+    "parsed",
+    "quantile",
+    "summarize",
+]
 
 SCHEMA: Final = "uhyve-bench-2"
 """The name of the JSON format; the number rises with each change that a reader would notice."""
@@ -216,10 +228,16 @@ _OPERATORS: Final = {
 }
 
 
-def holds(report: Report, expression: str) -> bool:
-    """Whether an expression such as ``"pio.ratio>1.1"`` is true. Raises ``ConfigError`` if it is none."""
+def parsed(expression: str) -> tuple[str, str, float]:
+    """The parts of an expression such as ``"pio.ratio>1.1"``. Raises ``ConfigError`` if it is none."""
     found = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([0-9]+(?:\.[0-9]+)?)\s*", expression)
     if found is None:
         raise ConfigError(f"{expression!r} is no comparison such as 'pio.ratio>1.1'")
     name, relation, number = found.groups()
-    return bool(_OPERATORS[relation](report.metric(name), float(number)))
+    return name, relation, float(number)
+
+
+def holds(report: Report, expression: str) -> bool:
+    """Whether an expression such as ``"pio.ratio>1.1"`` is true. Raises ``ConfigError`` if it is none."""
+    name, relation, number = parsed(expression)
+    return bool(_OPERATORS[relation](report.metric(name), number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -227,6 +228,10 @@ class Ways:
 
     def _process(self, _: Case) -> dict[str, Buckets]:
         """A fresh interpreter: its whole time, and the CPU time of the import in it."""
+        compiled = self.data.parent / "compiled"
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(compiled)}
+        if not compiled.exists():
+            subprocess.run([sys.executable, "-c", "import uhyve"], check=True, timeout=_LONGEST, env=environment)
         start = time.perf_counter_ns()
         done = subprocess.run(
             [sys.executable, "-c", _WHOLE.format(backend=self.backend)],
@@ -234,6 +239,7 @@ class Ways:
             text=True,
             check=True,
             timeout=_LONGEST,
+            env=environment,
         )
         whole = time.perf_counter_ns() - start
         return {"whole": _rising([whole]), "import": _rising([int(done.stdout)])}

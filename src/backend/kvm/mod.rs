@@ -8,6 +8,7 @@ pub mod kick;
 mod lend;
 pub mod probe;
 pub mod vcpu;
+mod xsave;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
@@ -184,7 +185,8 @@ impl Backend for KvmBackend {
             let ring = coalesced::Ring::map(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) })?;
             self.ring.get_or_init(|| Arc::new(ring));
         }
-        Ok(Box::new(vcpu::KvmVcpu::new(fd)?))
+        let layout = xsave::Layout::new(cpuid.as_slice());
+        Ok(Box::new(vcpu::KvmVcpu::new(fd, layout)?))
     }
 
     fn coalesced(&self) -> Option<Arc<dyn Coalesced>> {

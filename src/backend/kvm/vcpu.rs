@@ -9,16 +9,17 @@ use kvm_bindings::{
     KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
     KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP, KVM_INTERNAL_ERROR_EMULATION, KVM_SYNC_X86_REGS, KVM_VCPUEVENT_VALID_SHADOW, Msrs,
-    kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run,
+    kvm_guest_debug, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
+use super::xsave::{Layout, XSTATE_BV, XSTATE_X87_SSE};
 use super::{convert, failed, kick};
 use crate::backend::{
     Access, DebugEvent, Exception, Exit, Failure, GuestDebug, HardwareBreakpoint, Kick, Vcpu, signal,
 };
 use crate::error::{Error, Result};
-use crate::registers::{FpuState, Registers, SystemRegisters};
+use crate::registers::{ExtendedState, Extensions, FpuState, Registers, SystemRegisters};
 use crate::x86;
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
@@ -26,11 +27,6 @@ const MISC_ENABLE_FAST_STRINGS: u64 = 1;
 /// The general registers come with each exit for so many exits after somebody last asked for them. A guest that needs
 /// them at each exit (hypercalls of interface 2, breakpoints) saves an ioctl; one that never does, saves the copy.
 const SYNC_EXITS: u8 = 64;
-/// Words of the XSAVE area in its standard format (Intel SDM 1, 13.4): XSTATE_BV, and the upper halves of the YMM registers.
-const XSTATE_BV: usize = 512 / 4;
-const YMM_HIGH: usize = 576 / 4;
-const XSTATE_X87_SSE: u32 = 3;
-const XSTATE_AVX: u32 = 4;
 const DR7_RESERVED: u64 = 0x400;
 /// DR7.LE and GE: exact breakpoints.
 const DR7_EXACT: u64 = 0x300;
@@ -50,6 +46,7 @@ pub struct KvmVcpu {
     system: Option<SystemRegisters>,
     debug: GuestDebug,
     debugging: bool,
+    layout: Layout,
 }
 
 /// Where the data of the last port or memory access lies in the shared page.
@@ -62,7 +59,7 @@ struct IoAccess {
 }
 
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd) -> Result<Self> {
+    pub(super) fn new(fd: VcpuFd, layout: Layout) -> Result<Self> {
         let mut vcpu = Self {
             fd,
             kick: Arc::new(kick::KvmKick::new()),
@@ -73,6 +70,7 @@ impl KvmVcpu {
             system: None,
             debug: GuestDebug::default(),
             debugging: false,
+            layout,
         };
         vcpu.set_msr(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS)?;
         // All vCPUs of a Hermit guest start at the entry point; there is no INIT and no SIPI.
@@ -203,6 +201,15 @@ impl KvmVcpu {
             self.dirty = false;
         }
         Ok(())
+    }
+
+    fn xsave_area(&self) -> Result<kvm_xsave> {
+        self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))
+    }
+
+    fn set_xsave_area(&self, area: &kvm_xsave) -> Result<()> {
+        // SAFETY: no feature that makes the area larger than 4 KiB was enabled for this process's guests.
+        unsafe { self.fd.set_xsave(area) }.map_err(failed("KVM_SET_XSAVE"))
     }
 
     fn arm(&mut self) -> Result<()> {
@@ -337,39 +344,38 @@ impl Vcpu for KvmVcpu {
     }
 
     fn fpu(&mut self) -> Result<FpuState> {
-        Ok(convert::fpu(&self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?.region))
+        Ok(convert::fpu(&self.xsave_area()?.region))
     }
 
     fn set_fpu(&mut self, fpu: &FpuState) -> Result<()> {
-        let mut area = self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
+        let mut area = self.xsave_area()?;
         area.region[XSTATE_BV] |= XSTATE_X87_SSE;
         convert::put_fpu(fpu, &mut area.region);
-        // SAFETY: no feature that makes the area larger than 4 KiB was enabled for this process's guests.
-        unsafe { self.fd.set_xsave(&area) }.map_err(failed("KVM_SET_XSAVE"))
+        self.set_xsave_area(&area)
     }
 
     fn ymm_high(&mut self) -> Result<[u128; 16]> {
-        let area = self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
-        let mut high = [0; 16];
-        if area.region[XSTATE_BV] & XSTATE_AVX != 0 {
-            for (register, words) in high.iter_mut().zip(area.region[YMM_HIGH..].chunks_exact(4)) {
-                *register = words.iter().rev().fold(0, |value, word| value << 32 | u128::from(*word));
-            }
-        }
-        Ok(high)
+        Ok(self.layout.ymm_high(&self.xsave_area()?.region))
     }
 
-    #[allow(clippy::cast_possible_truncation)]
     fn set_ymm_high(&mut self, high: &[u128; 16]) -> Result<()> {
-        let mut area = self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
-        area.region[XSTATE_BV] |= XSTATE_AVX;
-        for (register, words) in high.iter().zip(area.region[YMM_HIGH..].chunks_exact_mut(4)) {
-            for (i, word) in words.iter_mut().enumerate() {
-                *word = (*register >> (32 * i)) as u32;
-            }
-        }
-        // SAFETY: no feature that makes the area larger than 4 KiB was enabled for this process's guests.
-        unsafe { self.fd.set_xsave(&area) }.map_err(failed("KVM_SET_XSAVE"))
+        let mut area = self.xsave_area()?;
+        self.layout.put_ymm_high(high, &mut area.region);
+        self.set_xsave_area(&area)
+    }
+
+    fn extensions(&self) -> Extensions {
+        self.layout.extensions()
+    }
+
+    fn extended(&mut self) -> Result<ExtendedState> {
+        Ok(self.layout.extended(&self.xsave_area()?.region))
+    }
+
+    fn set_extended(&mut self, state: &ExtendedState) -> Result<()> {
+        let mut area = self.xsave_area()?;
+        self.layout.put_extended(state, &mut area.region);
+        self.set_xsave_area(&area)
     }
 
     fn msr(&mut self, index: u32) -> Result<u64> {

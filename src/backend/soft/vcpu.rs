@@ -14,7 +14,8 @@ use crate::backend::{Access, DebugEvent, Exception, Exit, Failure, GuestDebug, H
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::registers::{
-    CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, FpuState, RFLAGS_IF, Registers, SystemRegisters, segment_attributes,
+    CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, Extensions, FpuState, RFLAGS_IF, Registers, SystemRegisters,
+    segment_attributes,
 };
 use crate::x86::{Cpu, CpuExit, DebugOptions, Fault, State, WatchKind, Watchpoint};
 
@@ -113,8 +114,8 @@ impl SoftVcpu {
             CpuExit::PortIn { port, size } => Exit::IoIn { port, size, count: 1 },
             CpuExit::MmioRead { address, size } => Exit::MmioRead { address, size },
             CpuExit::MmioWrite { address, size } => Exit::MmioWrite { address, size },
+            CpuExit::Missing(what) => Exit::Failed(Failure::Missing(what)),
             CpuExit::Shutdown => Exit::Shutdown,
-            CpuExit::CompatibilityMode => Exit::Failed(Failure::CompatibilityMode),
             CpuExit::Breakpoint => {
                 let pc = self.cpu.registers().rip;
                 let fires = |b: &HardwareBreakpoint| b.access == Access::Execute && b.address == pc;
@@ -351,6 +352,10 @@ impl Vcpu for SoftVcpu {
             && (self.cpu.set_msr(index, value)
                 || self.with_wires(|_, wires| wires.set_msr(index, value, wires.moment_now())));
         if is_set { Ok(()) } else { Err(refused("WRMSR", index)) }
+    }
+
+    fn extensions(&self) -> Extensions {
+        Extensions { avx: true, ..Default::default() }
     }
 
     fn xcr0(&mut self) -> Result<u64> {

@@ -1,7 +1,9 @@
 //! System calls, by SYSCALL and by software interrupts, and SWAPGS, which their handlers begin with.
 
+use iced_x86::Mnemonic;
+
 use super::super::Outcome;
-use super::super::cpu::CpuExit;
+use super::super::cpu::{CpuExit, Missing};
 use super::super::exception::Cause;
 use super::super::operand::Step;
 use super::system_flags::{POPPABLE, RFLAGS_FIXED};
@@ -30,6 +32,9 @@ impl System<'_> {
             return Err(UNDEFINED);
         }
         self.require_ring0()?;
+        if self.instruction.mnemonic() == Mnemonic::Sysret {
+            return Err(self.core.lack(Missing::LegacyMode));
+        }
         let target = self.general()[RCX];
         if !self.core.mmu.is_canonical(target) {
             return Err(GENERAL_PROTECTION);
@@ -42,15 +47,6 @@ impl System<'_> {
         state.core.system.cs = flat_code(base.wrapping_add(16) | 3, 3);
         state.core.system.ss = flat_data(base.wrapping_add(8) | 3, 3);
         Ok(())
-    }
-
-    /// SYSRET without REX.W.
-    pub(super) fn sysret_to_32_bits(&mut self) -> Step {
-        if self.core.state.core.system.efer & EFER_SCE == 0 {
-            return Err(UNDEFINED);
-        }
-        self.require_ring0()?;
-        Err(self.core.refuse_compatibility_mode())
     }
 
     pub(super) fn swapgs(&mut self) -> Step {

@@ -3,7 +3,7 @@
 
 use super::machine::*;
 use crate::registers::{RAX, RBX, RCX, RDI, RDX, RFLAGS_IF, RSP};
-use crate::x86::{CpuExit, DebugOptions, Fault, WatchKind, Watchpoint};
+use crate::x86::{CpuExit, DebugOptions, Fault, Missing, WatchKind, Watchpoint};
 
 #[test]
 fn test_program_runs_to_hlt_with_an_exact_count() {
@@ -407,43 +407,68 @@ fn test_exceptions_of_the_fpu_and_of_alignment_are_delivered_at_the_instruction(
     assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, 17, 0, CODE));
 }
 
-/// A rig with a 32-bit code segment, and what leads there on the stack and at RBX.
-fn rig_with_32_bit_code(code: &[u8], attributes: u64) -> Rig {
-    const SELECTOR: u64 = 0x30;
-    let rig = Rig::new(code).with(|state| state.core.registers.general[RBX] = DATA);
-    rig.memory.write_object(0x5030, 0x00cf_0000_0000_ffff | attributes << 40).unwrap();
-    for (i, word) in (0..).zip([CODE, SELECTOR, 2, STACK, DATA0.into()]) {
+/// A descriptor at selector 0x30, and a frame of IRET to it at the top of the stack.
+fn with_descriptor(code: &[u8], descriptor: u64) -> Rig {
+    let rig = Rig::new(code).with(|state| {
+        state.core.registers.general[RBX] = DATA;
+        state.core.system.gdt.limit = 0x3f;
+    });
+    rig.memory.write_object(0x5030, descriptor).unwrap();
+    for (i, word) in (0..).zip([CODE, 0x30, 2, STACK, DATA0.into()]) {
         rig.memory.write_object(STACK + 8 * i, word).unwrap();
-        rig.memory.write_object(DATA + 8 * i, word).unwrap();
     }
+    // The same as a far pointer of 32 bits.
+    rig.memory.write_object(DATA, CODE | 0x30 << 32).unwrap();
     rig
 }
 
 #[test]
-fn test_a_transfer_to_a_32_bit_segment_leaves_with_nothing_done() {
-    let iretq: &[u8] = &[0x48, 0xcf];
-    let retfq: &[u8] = &[0x48, 0xcb];
-    let jump: &[u8] = &[0x48, 0xff, 0x2b];
-    let call: &[u8] = &[0x48, 0xff, 0x1b];
-    let sysret: &[u8] = &[0x0f, 0x07];
-    for code in [iretq, retfq, jump, call, sysret] {
-        let mut rig = rig_with_32_bit_code(code, 0x9b);
-        let before = rig.cpu.snapshot();
-        for _ in 0..2 {
-            assert_eq!(rig.run(), CpuExit::CompatibilityMode, "{code:02x?}");
+fn test_a_way_into_compatibility_mode_is_an_exit_and_nothing_of_it_is_done() {
+    const CODE32: u64 = 0x00cf_9b00_0000_ffff;
+    // iretq; lretq; jmp far [rbx]; call far [rbx]
+    for code in [&[0x48, 0xcf][..], &[0x48, 0xcb], &[0xff, 0x2b], &[0xff, 0x1b]] {
+        for is_slow in [false, true] {
+            let mut rig = with_descriptor(code, CODE32);
+            rig.cpu.set_slow(is_slow);
+            let before = rig.cpu.snapshot();
+            for _ in 0..2 {
+                assert_eq!(rig.run(), CpuExit::Missing(Missing::LegacyMode), "{code:02x?}");
+                assert!(rig.cpu.snapshot() == before, "{code:02x?}");
+            }
         }
-        assert!(rig.cpu.snapshot() == before, "{code:02x?}");
     }
 }
 
 #[test]
-fn test_a_transfer_to_a_32_bit_segment_that_is_not_allowed_faults_as_ever() {
-    let not_present = 0x1b;
-    let of_ring_3 = 0xfb;
-    for (attributes, vector) in [(not_present, 11), (of_ring_3, 13)] {
-        let mut rig = rig_with_32_bit_code(&[0x48, 0xcf], attributes);
+fn test_sysret_to_compatibility_mode_is_an_exit_in_ring_0_and_a_fault_elsewhere() {
+    let sysretd = [0x0f, 0x07];
+    assert_eq!(Rig::new(&sysretd).run(), CpuExit::Missing(Missing::LegacyMode));
+    let mut rig = Rig::new(&sysretd).in_ring3();
+    assert_eq!((rig.run(), rig.vector()), (CpuExit::Halted, 13));
+}
+
+#[test]
+fn test_a_far_transfer_to_a_segment_that_no_mode_knows_is_a_fault() {
+    // L and D are both set; not present; data; a call gate of a level that may not use it.
+    let gate = 0x0000_8c00_0008_0000;
+    for (descriptor, vector) in
+        [(0x00ef_9b00_0000_ffff, 13), (0x00cf_1b00_0000_ffff, 11), (0x00cf_9300_0000_ffff, 13), (gate, 13)]
+    {
+        let mut rig = with_descriptor(&[0x48, 0xcf], descriptor);
         assert_eq!((rig.run(), rig.vector(), rig.pushed(0), rig.pushed(1)), (CpuExit::Halted, vector, 0x30, CODE));
     }
+}
+
+#[test]
+fn test_a_far_call_through_a_gate_is_an_exit_and_nothing_of_it_is_done() {
+    let mut rig = with_descriptor(&[0xff, 0x1b], 0x0000_8c00_0008_0000);
+    assert_eq!((rig.run(), rig.rip(), rig.register(RSP)), (CpuExit::Missing(Missing::CallGate), CODE, STACK));
+}
+
+#[test]
+fn test_no_mode_but_the_64_bit_one_executes() {
+    let mut rig = Rig::new(&[0x90]).with(|state| state.core.system.cs.attributes = 0xc09b);
+    assert_eq!((rig.run(), rig.rip()), (CpuExit::Missing(Missing::LegacyMode), CODE));
 }
 
 #[test]

@@ -12,6 +12,7 @@ import pytest
 import uhyve
 from uhyve import bench
 from uhyve.bench import table
+from uhyve.bench.compare import read
 
 
 def _result(**changes):
@@ -127,6 +128,20 @@ def test_comparison_with_another_format_raises_config_error():
         bench.compare(_report(_result()), {"schema": "other"})
 
 
+@pytest.mark.parametrize(
+    "results", [1, [1], [{"name": "pio", "rounds": [], "floors": []}], [{"name": "pio", "rounds": "a"}]]
+)
+def test_comparison_with_a_damaged_report_raises_config_error(results):
+    with pytest.raises(uhyve.ConfigError, match="damaged"):
+        bench.compare(_report(_result(rounds=[1.0])), {"schema": bench.SCHEMA, "results": results})
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", "{}", '{"schema": "uhyve-bench-1"}', "[" * 100_000])
+def test_report_of_another_kind_is_not_read(text):
+    with pytest.raises(uhyve.ConfigError, match="the other report"):
+        read(text)
+
+
 def test_bench_of_the_software_cpu_tells_percentiles_parts_and_ratio():
     report = bench.run(["pio", "mmio_read", "serial_byte", "write_4k", "stop_2"], backend="soft", quick=True)
 
@@ -161,6 +176,16 @@ def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
         sum(count for _, count in found[0, "serial_write_buffer"].histogram)
         == found[0, "serial_write_buffer"].summary["count"]
     )
+
+
+def test_command_with_a_limit_that_makes_no_sense_ends_before_it_measures():
+    words = [sys.executable, "-m", "uhyve", "bench", "--fail-if", "pio.ratio"]
+
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode not in (0, 1)
+    assert "no comparison" in done.stderr
+    assert done.stdout == ""
 
 
 def test_command_that_lists_cases_names_each():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 TIMEOUT = 30.0
+START = 80.0
+"""Seconds for its start, which in the box reads all of gdb over a slow file system."""
 
 SETTINGS = (
     "set pagination off",
@@ -199,7 +201,7 @@ class Gdb:
         self._records: list[Record] = []
         try:
             for setting in (*SETTINGS, "set mi-async on"):
-                self.console(setting)
+                self.console(setting, START)
         except BaseException:
             self.close()
             raise

@@ -196,6 +196,28 @@ def test_watchpoint_with_a_condition_stops_where_it_holds(serve: Callable[..., S
     assert gdb.cont().results["reason"] == "exited-normally"
 
 
+def test_structures_and_registers_are_watched(serve: Callable[..., Served]) -> None:
+    gdb = serve("watch").gdb()
+    run_to(gdb, "on_way")
+    gdb.console("watch area")
+    assert gdb.cont().results["value"]["new"] == "{before = 0, word = 4369, after = 0}"
+    gdb.console("delete")
+    gdb.console("watch block")
+    assert "watchpoint-trigger" in gdb.cont().results["reason"]
+    gdb.console("delete")
+    # A register gdb watches by itself, in single steps.
+    gdb.console("watch $rsp")
+    stop = gdb.cont().results
+    assert stop["reason"] == "watchpoint-trigger"
+    assert f"{gdb.number('$rsp'):#x} <stacks+" in stop["value"]["new"]
+
+
+def test_dprintf_prints_and_the_guest_goes_on(serve: Callable[..., Served]) -> None:
+    said = serve("loop", defines=["COUNT=5"]).script('dprintf work,"work %d\\n", i', "continue")
+    assert re.findall(r"^work (\d)$", said.output, flags=re.MULTILINE) == list("01234")
+    assert "exited normally" in said
+
+
 def test_watchpoint_on_a_local_ends_with_its_frame(serve: Callable[..., Served]) -> None:
     gdb = serve("scenario", build={"optimize": "-O0"}).gdb()
     run_to(gdb, "scenario")

@@ -19,6 +19,7 @@ import pytest
 from gdb.rsp import ErrorReplyError
 from uhyve import VmStateError
 from uhyve.gdb_policy import Decision, GdbPolicy
+from uhyve.policies import Conditions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,6 +168,39 @@ def test_invariant_02_hit_that_waits_is_dropped_when_its_vcpu_was_moved(
     assert words(served.dbg, "calls", cpus) == [20] * cpus
 
 
+@pytest.mark.parametrize("cpus", [2])
+def test_invariant_02_access_that_waits_outlives_a_watchpoint_set_anew_meanwhile(
+    serve: Callable[..., Served], cpus: int
+) -> None:
+    both = threading.Barrier(2, timeout=SOON)
+    met: list[int] = []
+
+    def written(hit: Hit) -> bool:
+        if hit.vcpu != 1 or met:
+            return False
+        met.append(hit.registers.rsi)
+        both.wait()
+        time.sleep(0.5)  # The other one's hit comes first.
+        return True
+
+    served = serve("events", cpus=cpus, defines=["COUNT=20"], policy=Conditions({"word": written}))
+    stub, watch = served.rsp(), {"address": served.dbg.symbol("word"), "type": 2, "kind": 8}
+    stub.insert(**watch)
+    served.dbg.breakpoint("event", vcpu=0, condition=lambda _: both.n_waiting == 1 and both.wait() >= 0)
+    assert vcpu_of(stub.cont(SOON)) == 0
+
+    # What vCPU 1 has found waits while it holds; then its watchpoint is another one, at the same place.
+    stub.remove(**watch)
+    stub.resume("s:p1.1")
+    assert vcpu_of(stub.wait(SOON)) == 0
+    stub.insert(**watch)
+    stop = stub.cont(SOON)
+
+    assert vcpu_of(stop) == 1
+    assert int(stop.values["watch"], 16) == watch["address"]
+    assert served.dbg.vcpus[1].registers.rsi == met[0]
+
+
 @CPUS
 def test_invariant_02_interrupt_that_comes_too_late_is_no_stop(serve: Callable[..., Served], cpus: int) -> None:
     served = serve("events", cpus=cpus, defines=["COUNT=40", "WITHOUT_NAPS"])
@@ -235,7 +269,7 @@ def test_invariant_02_breakpoint_is_asked_once_for_an_arrival_though_the_client_
 @CPUS
 @pytest.mark.parametrize("hardware", [False, True])
 def test_invariant_03_breakpoint_set_while_vcpus_run_holds_on_each_when_it_returns(
-    serve: Callable[..., Served], cpus: int, hardware: bool
+    serve: Callable[..., Served], wait_until: Callable[..., bool], cpus: int, hardware: bool
 ) -> None:
     served = serve("events", cpus=cpus, defines=["COUNT=0"])
     stub = served.rsp()
@@ -246,7 +280,7 @@ def test_invariant_03_breakpoint_set_while_vcpus_run_holds_on_each_when_it_retur
     time.sleep(0.02)
     served.dbg.breakpoint("event_counted", condition=lambda hit: seen[hit.vcpu].append(hit.arg(1)), hardware=hardware)
     reached = before.reached
-    time.sleep(0.1)
+    assert wait_until(lambda: len(seen[0]) > 5, SOON)
     stub.interrupt()
     stub.wait(SOON)
 
@@ -255,7 +289,6 @@ def test_invariant_03_breakpoint_set_while_vcpus_run_holds_on_each_when_it_retur
     for numbers, calls in zip(seen, words(served.dbg, "calls", cpus), strict=True):
         assert not numbers or calls - 2 <= numbers[-1] < calls
     assert sum(map(len, seen)) >= before.reached - reached - cpus, "none has run past it since it was set"
-    assert seen[0]
 
 
 def test_invariant_03_breakpoint_holds_in_code_that_the_guest_patches_and_loads(serve: Callable[..., Served]) -> None:

@@ -285,3 +285,25 @@ def test_lldb_unwinds_shows_variables_and_meets_breakpoints_that_it_sets_later(
     assert "(uint64_t) twice = 6" in said
     assert "`print_dec(value=7)" in said
     assert "exited with status = 0" in said
+
+
+def test_vector_registers_that_gdb_prints_and_sets_are_the_guests(serve: Callable[..., Served]) -> None:
+    served = serve("loop")
+    registers = served.dbg.registers
+    registers.ymm7 = 3 << 192 | 1
+    with Gdb() as gdb:
+        gdb.console(f"target remote {served.server.address}")
+        assert "{1, 0, 0, 3}" in gdb.console("print $ymm7.v4_int64")
+        gdb.console("set $ymm2.v4_int64[3] = 9")
+        assert registers.ymm2 == 9 << 192
+        if not hasattr(registers, "zmm0"):
+            return
+        registers.zmm20, registers.zmm3, registers.k2 = 5 << 448 | 2, 8 << 320, 0xABCD_0000_0001
+        gdb.console("maintenance flush register-cache")
+        assert "{2, 0, 0, 0, 0, 0, 0, 5}" in gdb.console("print $zmm20.v8_int64")
+        assert "{0, 0, 0, 0, 0, 8, 0, 0}" in gdb.console("print $zmm3.v8_int64")
+        assert "0xabcd00000001" in gdb.console("print/x $k2")
+        gdb.console("set $zmm31.v8_int64[6] = 77")
+        gdb.console("set $zmm1.v8_int64[5] = 66")
+        gdb.console("set $k7 = 0x1234567887654321")
+        assert (registers.zmm31, registers.zmm1, registers.k7) == (77 << 384, 66 << 320, 0x1234_5678_8765_4321)

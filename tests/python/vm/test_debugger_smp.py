@@ -121,6 +121,27 @@ def test_each_tick_is_reached_once_with_a_condition_that_is_false(smp: Path, cpu
         assert counter(dbg, "all_ticks") == cpus * COUNT
 
 
+def kicks(dbg: Debugger) -> list[int]:
+    """How often each vCPU was made to leave the guest."""
+    return [vcpu.exits.get("interrupted", 0) for vcpu in dbg.stats.vcpus]
+
+
+def test_step_over_a_rejected_hit_of_one_vcpu_makes_none_of_the_others_leave_the_guest(
+    guest: Callable[..., Path],
+) -> None:
+    count, cpus = 300, 4
+    with Vm(guest("smp", defines=[f"COUNT={count}"]), cpus=cpus).debug() as dbg:
+        rejected = dbg.breakpoint("tick", condition="arg1 < 0")
+        before, ticked = kicks(dbg), ticks(dbg)
+
+        assert dbg.cont(timeout=LIMIT).reason == "exit"
+
+        assert rejected.reached == cpus * count
+        assert ticks(dbg) == [ticks_before + count for ticks_before in ticked]
+        # The stop at the exit kicks each once. Had the others been held, each step would have kicked three of them.
+        assert sum(kicks(dbg)) - sum(before) <= 4 * cpus
+
+
 @CPUS
 def test_each_tick_of_every_vcpu_is_one_stop_in_its_order(smp: Path, cpus: int) -> None:
     with Vm(smp, cpus=cpus).debug() as dbg:

@@ -124,6 +124,8 @@ def test_flags_changed_at_a_stop_decide_a_branch(guest: Callable[..., Path]) -> 
         ("cs", 2**16),
         ("cs_limit", 2**32),
         ("xmm0", 2**128),
+        ("ymm0", 2**256),
+        ("ymm1", -1),
         ("mxcsr", 2**32),
         ("st0", 2**80),
     ],
@@ -138,7 +140,7 @@ def test_value_that_does_not_fit_its_register_is_an_overflow(loop: Path, name: s
         assert getattr(dbg.registers, name) == before
 
 
-@pytest.mark.parametrize("name", ["raxx", "xmm16", "st8", "xmm01", "r16", "cr1", "fs_", ""])
+@pytest.mark.parametrize("name", ["raxx", "xmm32", "zmm32", "k8", "ymm01", "st8", "xmm01", "r16", "cr1", "fs_", ""])
 def test_register_that_does_not_exist_is_an_attribute_error(loop: Path, name: str) -> None:
     with Vm(loop).debug() as dbg:
         with pytest.raises(AttributeError, match="no register"):
@@ -290,6 +292,40 @@ def test_vector_registers_written_on_every_vcpu_are_read_back(guest: Callable[..
                 assert vcpu.registers.st0 == 0x3FFF_8000_0000_0000_0000
             dbg.breakpoint("tick", temporary=True)
             assert dbg.cont(timeout=LIMIT).reason == "breakpoint"
+
+
+@CPUS
+def test_registers_of_avx_and_avx512_that_a_vcpu_has_are_read_back(guest: Callable[..., Path], cpus: int) -> None:
+    with Vm(guest("smp", defines=["COUNT=10"]), cpus=cpus).debug() as dbg:
+        has_avx512 = hasattr(dbg.registers, "zmm0")
+        widths = {"zmm": 512, "ymm": 256} if has_avx512 else {"ymm": 256}
+        count = 32 if has_avx512 else 16
+
+        for prefix, bits in widths.items():
+            value = {(v.number, n): (v.number + 1) << (bits - 8) | (n + 1) for v in dbg.vcpus for n in range(count)}
+            for (vcpu, n), number in value.items():
+                setattr(dbg.vcpus[vcpu].registers, f"{prefix}{n}", number)
+            for (vcpu, n), number in value.items():
+                registers = dbg.vcpus[vcpu].registers
+                assert getattr(registers, f"{prefix}{n}") == number
+                assert getattr(registers, f"xmm{n}") == n + 1
+                if prefix == "ymm" and has_avx512:
+                    assert getattr(registers, f"zmm{n}") == number | (vcpu + 1) << 504, "what lies above stays"
+        if has_avx512:
+            for n in range(8):
+                setattr(dbg.registers, f"k{n}", 2**64 - 1 - n)
+            assert [getattr(dbg.registers, f"k{n}") for n in range(8)] == [2**64 - 1 - n for n in range(8)]
+        if hasattr(dbg.registers, "pkru"):
+            dbg.registers.pkru = 0x5555_5554
+            assert dbg.registers.pkru == 0x5555_5554
+
+
+def test_registers_of_avx512_are_named_all_or_none(loop: Path) -> None:
+    with Vm(loop).debug() as dbg:
+        names = set(dir(dbg.registers))
+        avx512 = {f"{kind}{n}" for kind in ("xmm", "ymm") for n in range(16, 32)}
+        avx512 |= {f"zmm{n}" for n in range(32)} | {f"k{n}" for n in range(8)}
+        assert names & avx512 in (set(), avx512)
 
 
 @CPUS

@@ -46,7 +46,10 @@ def test_crash_by_a_triple_fault_tells_vcpu_registers_symbol_and_output(
     assert "vCPU 0" in str(error)
     assert set(error.registers) == GENERAL | {"rip", "rflags"}
     assert f"{error.registers['rip']:#x}" in str(error)
-    if not shutdown_keeps_registers:
+    # KVM finds some triple faults itself, while it delivers an exception; then registers are kept on any processor.
+    is_lost = "after the CPU's reset" in error.reason
+    assert not (is_lost and shutdown_keeps_registers)
+    if is_lost:
         assert (error.registers["rip"], error.symbol) == (0xFFF0, None)
     elif symbol is None:
         assert (error.registers["rip"], error.symbol) == (0, None)

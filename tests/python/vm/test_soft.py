@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import time
 from typing import TYPE_CHECKING
 
@@ -107,18 +108,17 @@ def test_watched_and_counted_runs_of_a_debugger_repeat(guest: Callable[..., Path
     assert stops(5) == stops(5)
 
 
-def test_code_of_32_bits_ends_the_guest_with_an_error_that_names_it(guest: Callable[..., Path]) -> None:
-    with Vm(guest("hello"), backend="soft").debug() as debugger:
-        registers, memory = debugger.registers, debugger.memory
-        registers.gdt_limit = 0x3F
-        memory.write_u64(registers.gdt_base + 0x38, 0x00CF_9B00_0000_FFFF)
-        # push 0x38; push 0; retfq
-        memory.write(registers.rip, bytes.fromhex("6a38 6a00 48cb"))
-        leaves_at = registers.rip + 4
+def test_way_into_compatibility_mode_ends_with_a_crash_that_says_so(guest: Callable[..., Path]) -> None:
+    with Vm(guest("halt"), backend="soft").debug() as dbg:
+        registers = dbg.registers
+        pc, table = registers.rip, registers.gdt_base
+        frame = table + 0x800
+        dbg.memory.write(table + 0x18, struct.pack("<Q", 0x00CF_9B00_0000_FFFF))
+        dbg.memory.write(frame, struct.pack("<5Q", pc, 0x18, 2, frame, 0x10))
+        dbg.memory.write(pc, b"\x48\xcf")
+        registers.gdt_limit, registers.rsp = 0x1F, frame
 
-        stop = debugger.cont(timeout=LIMIT)
+        stop = dbg.cont(timeout=LIMIT)
 
-        assert stop.reason == "crash"
-        assert "the software CPU has no compatibility mode" in str(stop.crash)
-        assert stop.crash is not None
-        assert stop.crash.registers["rip"] == leaves_at
+    assert (stop.reason, stop.pc) == ("crash", pc)
+    assert all(text in str(stop) for text in ("no compatibility mode", "iretq", "48 cf", f"rsp {frame:016x}"))

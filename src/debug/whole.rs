@@ -1,0 +1,105 @@
+//! Instructions that neither the back end executes nor the emulator of single ones knows: for one of them, the whole
+//! software CPU takes the vCPU's state, delivers what it raises, and gives the state back.
+
+use crate::error::Result;
+use crate::vcpu::Seat;
+use crate::x86::{self, Cpu, CpuExit, DebugOptions, MsrReply, Platform, Reply};
+
+/// IA32_STAR, IA32_LSTAR, IA32_FMASK and IA32_KERNEL_GS_BASE: what such instructions read and change of MSRs.
+const MSRS: [u32; 4] = [0xc000_0081, 0xc000_0082, 0xc000_0084, 0xc000_0102];
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Whole {
+    /// The instruction was executed, or what it raised was delivered: the program counter is in its handler.
+    Done,
+    /// A triple fault.
+    Shutdown,
+    /// It is not for this CPU, or not now; nothing has changed.
+    Foreign,
+}
+
+/// No devices: an instruction that asks for one is left alone.
+struct Nothing;
+
+impl Platform for Nothing {
+    fn owns_port(&mut self, _port: u16, _size: usize, _is_in: bool) -> bool {
+        false
+    }
+
+    fn port_read(&mut self, _port: u16, _data: &mut [u8], _now: u64) -> Reply {
+        Reply::Unknown
+    }
+
+    fn port_write(&mut self, _port: u16, _data: &[u8], _now: u64) -> Reply {
+        Reply::Unknown
+    }
+
+    fn mmio_read(&mut self, _address: u64, _data: &mut [u8], _now: u64) -> Reply {
+        Reply::Unknown
+    }
+
+    fn mmio_write(&mut self, _address: u64, _data: &[u8], _now: u64) -> Reply {
+        Reply::Unknown
+    }
+
+    fn read_msr(&mut self, _index: u32, _now: u64) -> MsrReply {
+        MsrReply::Refused
+    }
+
+    fn write_msr(&mut self, _index: u32, _value: u64, _now: u64) -> MsrReply {
+        MsrReply::Refused
+    }
+
+    fn tsc(&mut self, _now: u64) -> u64 {
+        0
+    }
+
+    fn pending_interrupt(&mut self, _now: u64) -> Option<u8> {
+        None
+    }
+
+    fn acknowledge_interrupt(&mut self, _vector: u8, _now: u64) {}
+
+    fn task_priority(&mut self) -> u8 {
+        0
+    }
+
+    fn set_task_priority(&mut self, _priority: u8, _now: u64) {}
+}
+
+impl Seat<'_> {
+    /// Executes the instruction `code` at the program counter, where no byte is planted.
+    pub(super) fn execute_whole(&mut self, code: &[u8]) -> Result<Whole> {
+        if !x86::is_self_contained(code) {
+            return Ok(Whole::Foreign);
+        }
+        let memory = &self.machine.memory;
+        let vcpu = self.context().cpu.as_mut();
+        let Some(lent) = vcpu.lend(true)? else { return Ok(Whole::Foreign) };
+        let mut cpu = Cpu::new(memory);
+        cpu.restore(&lent);
+        let mut before = [0; MSRS.len()];
+        for (index, value) in MSRS.into_iter().zip(&mut before) {
+            *value = vcpu.msr(index)?;
+            cpu.set_msr(index, *value);
+        }
+        cpu.set_debug(DebugOptions { single_step: true, ..DebugOptions::default() });
+        match cpu.run(&mut Nothing, 1) {
+            CpuExit::SingleStep | CpuExit::Budget => {}
+            CpuExit::Shutdown => return Ok(Whole::Shutdown),
+            _ => return Ok(Whole::Foreign),
+        }
+        let after = cpu.snapshot();
+        vcpu.take_back(&lent, &after)?;
+        if after.core.system != lent.core.system {
+            vcpu.set_system_registers(&after.core.system)?;
+        }
+        for (index, value) in MSRS.into_iter().zip(before) {
+            if let Some(new) = cpu.msr(index).filter(|new| *new != value) {
+                vcpu.set_msr(index, new)?;
+            }
+        }
+        Ok(Whole::Done)
+    }
+}

@@ -1,0 +1,52 @@
+"""Pictures of reports."""
+
+import sys
+
+import pytest
+
+import uhyve
+from bench.test_bench import _report, _result
+from uhyve.bench import plot
+
+
+def _several():
+    summary = _result().summary
+    parts = {"run": summary, "dispatch": summary, "floor": summary}
+    histogram = [(100.0, 3), (200.0, 1)]
+    return _report(
+        _result(histogram=histogram, parts=parts),
+        *(_result(name=name, histogram=histogram) for name in ("write_4k", "stop_4", "hit", "boot")),
+    )
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.svg", b"<?xml"), ("a.png", b"\x89PNG"), ("a.html", b"<!doctype")])
+def test_plot_of_each_format_is_such_a_file(tmp_path, name, begins):
+    plot.save(_several(), tmp_path / name)
+
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_page_holds_the_picture_and_the_table(tmp_path):
+    plot.save(_several(), tmp_path / "a.html")
+
+    text = (tmp_path / "a.html").read_text()
+    assert text.count("<svg") == 1
+    assert "skipped ipi: one CPU" in text
+
+
+def test_plot_of_a_report_without_results_is_empty(tmp_path):
+    plot.save(_report(), tmp_path / "a.svg")
+
+    assert (tmp_path / "a.svg").stat().st_size > 0
+
+
+def test_plot_of_another_format_raises_config_error(tmp_path):
+    with pytest.raises(uhyve.ConfigError, match=r"\.svg, \.png or \.html"):
+        plot.check(tmp_path / "a.pdf")
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(uhyve.ConfigError, match=r"pip install 'uhyve\[plot\]'"):
+        plot.check(tmp_path / "a.svg")
