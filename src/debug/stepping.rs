@@ -406,7 +406,9 @@ impl Seat<'_> {
         let capabilities = self.machine.capabilities()?;
         let is_inexact = !capabilities.native_ring0 && !capabilities.exact_steps;
         let is_iterated = is_repeated(code) && is_inexact;
-        if !is_iterated && !(is_inexact && hold_interrupts) && !matches!(code.first(), Some(&(HLT | PUSHF))) {
+        let is_shown_wrongly = matches!(code.first(), Some(&(HLT | PUSHF)));
+        let is_emulated = is_iterated || is_shown_wrongly || is_inexact && hold_interrupts;
+        if !is_emulated {
             return Ok(None);
         }
         match self.emulate_part(code, is_iterated)? {

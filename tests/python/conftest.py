@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -96,6 +97,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def capabilities(backend: str) -> dict[str, Any]:
     """What the back end can do on this machine."""
     return uhyve._core.probe_soft() if backend == "soft" else uhyve._core.probe_kvm()
+
+
+@pytest.fixture
+def unicorn() -> ModuleType:
+    """Unicorn, an emulator to compare with."""
+    try:
+        return importlib.import_module("unicorn")
+    except ImportError:
+        missing("Unicorn is not installed (pip install unicorn)", "UHYVE_REQUIRE_UNICORN")
 
 
 @pytest.fixture

@@ -138,8 +138,8 @@ class Ours:
 class Theirs:
     """Unicorn."""
 
-    def __init__(self) -> None:
-        self._unicorn: Any = pytest.importorskip("unicorn", reason="Unicorn is not installed (pip install unicorn)")
+    def __init__(self, unicorn: Any) -> None:
+        self._unicorn = unicorn
         self._start()
 
     def _start(self) -> None:
@@ -200,8 +200,8 @@ def ours(guest: Callable[..., Path]) -> Iterator[Ours]:
         yield Ours(debugger)
 
 
-def test_random_sequences_of_instructions_agree_with_unicorn(ours: Ours) -> None:
-    theirs = Theirs()
+def test_random_sequences_of_instructions_agree_with_unicorn(ours: Ours, unicorn: Any) -> None:
+    theirs = Theirs(unicorn)
     instructions = 0
     for seed in range(SEED, SEED + RUNS):
         draw = random.Random(seed)
