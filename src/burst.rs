@@ -3,6 +3,10 @@
 //! each of them costs it next to nothing. At anything else (an exception, a device, the time, an instruction that changes
 //! more than registers and memory) it stops before that instruction, and KVM goes on.
 //!
+//! A KVM that emulates the guest's kernel leaves vector instructions unexecuted, which come in runs too, and is slower
+//! than the software CPU at all others: there a burst also begins after an instruction that was emulated, and goes on
+//! without ports.
+//!
 //! Interrupts wait until the burst is over, which is soon. [`Worth`] measures what an exit costs on this machine and what
 //! it costs in a burst, and leaves bursts alone for a while where they don't pay.
 
@@ -33,6 +37,9 @@ pub(crate) struct Burst {
     text: Vec<u8>,
     /// The last burst needed the vector registers; the next one probably does.
     uses_vectors: bool,
+    few: Few,
+    /// How many it has executed in all.
+    instructions: u64,
 }
 
 /// Whether bursts pay here, by the time stamp counter.
@@ -47,6 +54,34 @@ struct Worth {
     /// Exits for which no burst is tried, and how many it will be the next time.
     pause: u64,
     next_pause: u64,
+}
+
+/// Whether bursts after emulated instructions are long enough.
+#[derive(Default)]
+struct Few {
+    pause: u32,
+    next_pause: u32,
+}
+
+impl Few {
+    /// Instructions below which a burst costs more than it saves.
+    const LEAST: u64 = 64;
+    const LONGEST_PAUSE: u32 = 256;
+
+    fn may_begin(&mut self) -> bool {
+        let may = self.pause == 0;
+        self.pause = self.pause.saturating_sub(1);
+        may
+    }
+
+    fn note(&mut self, instructions: u64) {
+        if instructions >= Self::LEAST {
+            self.next_pause = 0;
+        } else {
+            self.next_pause = (self.next_pause * 2 + 1).min(Self::LONGEST_PAUSE);
+            self.pause = self.next_pause;
+        }
+    }
 }
 
 /// Exits that are measured before the first burst.
@@ -183,19 +218,27 @@ impl Seat<'_> {
             _ => false,
         };
         let machine = self.machine;
-        if !is_port || machine.generation() != 0 || !self.context().calls.is_empty() || !counts_zeros() {
-            return Ok(Flow::Continue);
+        let may_be = machine.generation() == 0 && self.context().calls.is_empty() && counts_zeros();
+        let burst = &mut self.context().burst;
+        if exit == Exit::Unemulated && may_be && burst.few.may_begin() {
+            burst.uses_vectors = true;
+            let before = burst.instructions;
+            self.burst()?;
+            let burst = &mut self.context().burst;
+            burst.few.note(burst.instructions.wrapping_sub(before));
+            return self.bring_text_out();
         }
-        if !self.context().burst.worth.exit(time) {
+        if !is_port || !may_be || !burst.worth.exit(time) {
             return Ok(Flow::Continue);
         }
         self.settle_io()?;
-        self.burst()?;
+        let (accesses, time) = self.burst()?;
+        self.context().burst.worth.burst(accesses, time);
         self.bring_text_out()
     }
 
-    /// One burst.
-    fn burst(&mut self) -> Result<()> {
+    /// One burst: how many port accesses it made, and its time.
+    fn burst(&mut self) -> Result<(u64, u64)> {
         let start = ticks();
         let mut cpu = match self.context().burst.cpu.take() {
             Some(cpu) => cpu,
@@ -205,8 +248,7 @@ impl Seat<'_> {
         let done = self.burst_on(&mut cpu, vectors);
         let burst = &mut self.context().burst;
         burst.cpu = Some(cpu);
-        burst.worth.burst(done?, ticks().wrapping_sub(start));
-        Ok(())
+        Ok((done?, ticks().wrapping_sub(start)))
     }
 
     /// Runs the software CPU; returns how many port accesses it made.
@@ -216,8 +258,12 @@ impl Seat<'_> {
         let mut text = std::mem::take(&mut self.context().burst.text);
         cpu.lend(&lent);
         let mut ports = Ports { machine, number, text: &mut text, accesses: 0 };
-        let exit = execute(cpu, &mut ports, PORT_GAP, || machine.engine.is_requested(number));
+        let before = cpu.instructions();
+        let gap = if machine.is_native() { PORT_GAP } else { LONGEST };
+        let exit = execute(cpu, &mut ports, gap, || machine.engine.is_requested(number));
         let accesses = ports.accesses;
+        let executed = cpu.instructions().wrapping_sub(before);
+        self.context().burst.instructions = self.context().burst.instructions.wrapping_add(executed);
         self.context().burst.text = text;
         let state = cpu.snapshot();
         self.context().cpu.take_back(&lent, &state)?;
@@ -253,5 +299,26 @@ fn execute(cpu: &mut Cpu, ports: &mut Ports, gap: u64, is_asked: impl Fn() -> bo
         if !goes_on || cpu.instructions() >= LONGEST || is_asked() {
             return exit;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_short_bursts_pause_ever_longer_and_a_long_one_ends_that() {
+        let mut few = Few::default();
+        let mut skipped = Vec::new();
+        for _ in 0..12 {
+            skipped.push((0..).take_while(|_| !few.may_begin()).count());
+            few.note(Few::LEAST - 1);
+        }
+        assert_eq!(skipped[..5], [0, 1, 3, 7, 15]);
+        assert_eq!(skipped.last(), Some(&(Few::LONGEST_PAUSE as usize)));
+
+        assert_eq!((0..).take_while(|_| !few.may_begin()).count(), Few::LONGEST_PAUSE as usize);
+        few.note(Few::LEAST);
+        assert!(few.may_begin());
     }
 }

@@ -64,6 +64,7 @@ pub struct Machine {
     contexts: Vec<Mutex<Option<Context>>>,
     coalesced: Option<Arc<dyn Coalesced>>,
     has_bursts: bool,
+    is_native: bool,
     pump: Pump,
     backend: Mutex<Option<Arc<dyn Backend>>>,
     backend_name: &'static str,
@@ -86,6 +87,12 @@ impl Machine {
     #[inline]
     pub(crate) fn has_bursts(&self) -> bool {
         self.has_bursts
+    }
+
+    /// Whether ring 0 runs on the CPU itself.
+    #[inline]
+    pub(crate) fn is_native(&self) -> bool {
+        self.is_native
     }
 
     /// Number of vCPUs.

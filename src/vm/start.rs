@@ -60,9 +60,10 @@ impl Machine {
         let memory = GuestMemory::new(layout.guest_address, memory_size, config.backing)?;
         // Bursts are for one vCPU, whose memory no other changes meanwhile, and leave hits and steps to KVM. They need an
         // exit to begin with, where the queue makes none. Who times each exit wants to see it.
+        // A vCPU's thread may not be allowed to open /dev/kvm, so what it will ask is found out here.
         let is_native = choice.name == "kvm" && backend::kvm::probe::is_native()?;
         let is_timed = config.measure.sampling.every == 1;
-        let has_bursts = is_native && cpus == 1 && !debugging && !is_timed;
+        let has_bursts = choice.name == "kvm" && cpus == 1 && !debugging && !is_timed;
         let mut coalesced_ports = vec![(pci::ADDRESS, 4)];
         if !has_bursts {
             coalesced_ports.push((CONSOLE_PORT, 1));
@@ -98,6 +99,7 @@ impl Machine {
             resuming: Mutex::new(()),
             coalesced: backend.coalesced(),
             has_bursts: has_bursts && backend.name() == "kvm",
+            is_native,
             pump: Pump::default(),
             contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
             backend_name: backend.name(),

@@ -30,11 +30,11 @@ impl KvmVcpu {
     pub(super) fn lend_state(&mut self, vectors: bool) -> Result<Option<Box<State>>> {
         let system = self.system_registers()?;
         let registers = self.registers()?;
-        if !is_known(&system) || registers.rflags & RFLAGS_TF != 0 {
+        if !is_known(&system) || registers.rflags & RFLAGS_TF != 0 || self.has_injected() {
             return Ok(None);
         }
         let events = self.fd().get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
-        // KVM tells nothing of a #BP or #OF that was injected: nobody lends after an injection.
+        // KVM tells nothing of a #BP or #OF that was injected, which has_injected does.
         let (exception, interrupt, nmi, smi) = (events.exception, events.interrupt, events.nmi, events.smi);
         let waits = [exception.injected, exception.pending, interrupt.injected, nmi.injected, nmi.pending, smi.pending];
         let debug = self.fd().get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;

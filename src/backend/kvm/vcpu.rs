@@ -46,6 +46,8 @@ pub struct KvmVcpu {
     system: Option<SystemRegisters>,
     debug: GuestDebug,
     debugging: bool,
+    /// An exception is given to KVM, and the vCPU has not been entered since.
+    has_injected: bool,
     layout: Layout,
 }
 
@@ -70,6 +72,7 @@ impl KvmVcpu {
             system: None,
             debug: GuestDebug::default(),
             debugging: false,
+            has_injected: false,
             layout,
         };
         vcpu.set_msr(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS)?;
@@ -82,6 +85,10 @@ impl KvmVcpu {
 
     pub(super) fn fd(&self) -> &VcpuFd {
         &self.fd
+    }
+
+    pub(super) fn has_injected(&self) -> bool {
+        self.has_injected
     }
 
     fn page(&mut self) -> &mut kvm_run {
@@ -107,6 +114,7 @@ impl KvmVcpu {
         }
         self.io = None;
         self.system = None;
+        self.has_injected = false;
         // SAFETY: a vCPU fd and a request without argument; what the guest does stays in guest memory.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
         self.dirty = false;
@@ -421,6 +429,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn inject(&mut self, exception: Exception) -> Result<()> {
+        self.has_injected = true;
         if exception.vector == 1 {
             let mut debug = self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
             debug.dr6 |= exception.address.unwrap_or(0);
