@@ -194,9 +194,9 @@ def test_step_over_what_some_hypervisors_leave_unexecuted_ends_behind_it(bench: 
 
 
 def test_run_through_what_some_hypervisors_leave_unexecuted_does_all_of_it(bench: Bench) -> None:
-    bench.dbg.memory.write(bench.scratch, struct.pack("<QQ", 5, 6))
+    bench.dbg.memory.write(bench.scratch, struct.pack("<QQ", 0x10, 6))
     # cmpxchg16b [rsi]; lar ecx, eax; swapgs; swapgs; int 0x80; nop; nop
-    bench.put("480fc70e 0f02c8 0f01f8 0f01f8 cd80 90 90", rsi=bench.scratch, rax=5, rdx=6, rbx=7, rcx=8)
+    bench.put("480fc70e 0f02c8 0f01f8 0f01f8 cd80 90 90", rsi=bench.scratch, rax=0x10, rdx=6, rbx=7, rcx=8)
     bench.dbg.breakpoint(bench.arena + 16, temporary=True)
 
     stop = bench.dbg.cont(timeout=LIMIT)
