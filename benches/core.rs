@@ -17,7 +17,7 @@ use uhyve_core::isolation::{FileMap, Files, IoMode, Scratch};
 use uhyve_core::memory::{Backing, GuestMemory};
 use uhyve_core::paging::{PagingMode, translate, write_boot_tables};
 use uhyve_core::registers::{RCX, RSI, RSP, RegisterId};
-use uhyve_core::x86::{Bus, BusError, Cpu, CpuExit, CpuState, MsrReply, Outcome, Platform, Reply, length, step_bytes};
+use uhyve_core::x86::{Bus, BusError, Cpu, CpuExit, CpuState, Nothing, Outcome, length, step_bytes};
 
 const BASE: u64 = 0x1000;
 const MEMORY: u64 = 16 << 20;
@@ -166,41 +166,6 @@ fn decode(c: &mut Criterion) {
         group.bench_function(text, |b| b.iter(|| length(black_box(code)).expect("it is valid")));
     }
     group.finish();
-}
-
-/// A machine without devices.
-struct Nothing;
-
-impl Platform for Nothing {
-    fn port_read(&mut self, _: u16, _: &mut [u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn port_write(&mut self, _: u16, _: &[u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn mmio_read(&mut self, _: u64, _: &mut [u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn mmio_write(&mut self, _: u64, _: &[u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn read_msr(&mut self, _: u32, _: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-    fn write_msr(&mut self, _: u32, _: u64, _: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-    fn tsc(&mut self, now: u64) -> u64 {
-        now
-    }
-    fn pending_interrupt(&mut self, _: u64) -> Option<u8> {
-        None
-    }
-    fn acknowledge_interrupt(&mut self, _: u8, _: u64) {}
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8, _: u64) {}
 }
 
 /// `again: add rax, rcx; dec rcx; jnz again; hlt` on the software CPU, as it runs guests.

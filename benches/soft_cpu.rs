@@ -7,7 +7,7 @@ use std::io::BufRead;
 
 use nix::time::{ClockId, clock_gettime};
 use uhyve_core::memory::{Backing, GuestMemory};
-use uhyve_core::x86::{Cpu, CpuExit, DebugOptions, MsrReply, Platform, Reply};
+use uhyve_core::x86::{Cpu, CpuExit, DebugOptions, Nothing};
 
 /// Where the code begins.
 const CODE: u64 = 0x10_0000;
@@ -16,41 +16,6 @@ const MEMORY: u64 = 64 << 20;
 const RSP: usize = 4;
 const RSI: usize = 6;
 const RDI: usize = 7;
-
-/// A machine without devices.
-struct Nothing;
-
-impl Platform for Nothing {
-    fn port_read(&mut self, _: u16, _: &mut [u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn port_write(&mut self, _: u16, _: &[u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn mmio_read(&mut self, _: u64, _: &mut [u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn mmio_write(&mut self, _: u64, _: &[u8], _: u64) -> Reply {
-        Reply::Unknown
-    }
-    fn read_msr(&mut self, _: u32, _: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-    fn write_msr(&mut self, _: u32, _: u64, _: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-    fn tsc(&mut self, now: u64) -> u64 {
-        now
-    }
-    fn pending_interrupt(&mut self, _: u64) -> Option<u8> {
-        None
-    }
-    fn acknowledge_interrupt(&mut self, _: u8, _: u64) {}
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: u8, _: u64) {}
-}
 
 /// A CPU in ring 0, with all memory mapped to itself by pages of 2 MiB.
 fn machine(code: &[u8]) -> Cpu {

@@ -19,7 +19,7 @@ use crate::hypercall::Kind;
 use crate::stats::ExitKind;
 use crate::vcpu::{Flow, Seat};
 use crate::vm::{CONSOLE_PORT, Machine};
-use crate::x86::{Cpu, CpuExit, MsrReply, Platform, Reply};
+use crate::x86::{Cpu, CpuExit, Platform, Reply};
 
 /// Instructions without a port access after which a burst ends.
 const PORT_GAP: u64 = 2_000;
@@ -162,38 +162,6 @@ impl Platform for Ports<'_> {
         self.machine.stats.count(self.number, ExitKind::PciWrite);
         Reply::Done
     }
-
-    fn mmio_read(&mut self, _address: u64, _data: &mut [u8], _now: u64) -> Reply {
-        Reply::Unknown
-    }
-
-    fn mmio_write(&mut self, _address: u64, _data: &[u8], _now: u64) -> Reply {
-        Reply::Unknown
-    }
-
-    fn read_msr(&mut self, _index: u32, _now: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-
-    fn write_msr(&mut self, _index: u32, _value: u64, _now: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-
-    fn tsc(&mut self, _now: u64) -> u64 {
-        0
-    }
-
-    fn pending_interrupt(&mut self, _now: u64) -> Option<u8> {
-        None
-    }
-
-    fn acknowledge_interrupt(&mut self, _vector: u8, _now: u64) {}
-
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-
-    fn set_task_priority(&mut self, _priority: u8, _now: u64) {}
 }
 
 /// The time stamp counter.

@@ -3,7 +3,7 @@
 
 use crate::error::Result;
 use crate::vcpu::Seat;
-use crate::x86::{self, Cpu, CpuExit, DebugOptions, MsrReply, Platform, Reply};
+use crate::x86::{self, Cpu, CpuExit, DebugOptions, Nothing};
 
 /// IA32_STAR, IA32_LSTAR, IA32_FMASK and IA32_KERNEL_GS_BASE: what such instructions read and change of MSRs.
 const MSRS: [u32; 4] = [0xc000_0081, 0xc000_0082, 0xc000_0084, 0xc000_0102];
@@ -15,57 +15,8 @@ pub(super) enum Whole {
     Done,
     /// A triple fault.
     Shutdown,
-    /// It is not for this CPU, or not now; nothing has changed.
+    /// It is not for this CPU, or not now: it asks for a device, or something waits to be delivered.
     Foreign,
-}
-
-/// No devices: an instruction that asks for one is left alone.
-struct Nothing;
-
-impl Platform for Nothing {
-    fn owns_port(&mut self, _port: u16, _size: usize, _is_in: bool) -> bool {
-        false
-    }
-
-    fn port_read(&mut self, _port: u16, _data: &mut [u8], _now: u64) -> Reply {
-        Reply::Unknown
-    }
-
-    fn port_write(&mut self, _port: u16, _data: &[u8], _now: u64) -> Reply {
-        Reply::Unknown
-    }
-
-    fn mmio_read(&mut self, _address: u64, _data: &mut [u8], _now: u64) -> Reply {
-        Reply::Unknown
-    }
-
-    fn mmio_write(&mut self, _address: u64, _data: &[u8], _now: u64) -> Reply {
-        Reply::Unknown
-    }
-
-    fn read_msr(&mut self, _index: u32, _now: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-
-    fn write_msr(&mut self, _index: u32, _value: u64, _now: u64) -> MsrReply {
-        MsrReply::Refused
-    }
-
-    fn tsc(&mut self, _now: u64) -> u64 {
-        0
-    }
-
-    fn pending_interrupt(&mut self, _now: u64) -> Option<u8> {
-        None
-    }
-
-    fn acknowledge_interrupt(&mut self, _vector: u8, _now: u64) {}
-
-    fn task_priority(&mut self) -> u8 {
-        0
-    }
-
-    fn set_task_priority(&mut self, _priority: u8, _now: u64) {}
 }
 
 impl Seat<'_> {

@@ -55,7 +55,7 @@ mod xsave;
 pub use cpu::{Cpu, CpuExit, Missing};
 pub use cpuid::cpuid;
 pub use hooks::{DebugOptions, Hooks, WatchKind, Watchpoint};
-pub use platform::{MsrReply, Platform, Reply};
+pub use platform::{MsrReply, Nothing, Platform, Reply};
 pub use state::{Fault, Msrs, State};
 
 use iced_x86::{

@@ -272,12 +272,16 @@ class RspSession(Session):
             yield stop
             if stop.reason == "exit":
                 return
-            if self.chance.random() < 0.2:
-                self.toggle(running=False)
-            if self.chance.random() < 0.15:
-                self.change_own()
-            if self.chance.random() < 0.1:
-                self.look_around()
+            self.disturb()
+
+    def disturb(self) -> None:
+        """What else is done at a stop."""
+        if self.chance.random() < 0.2:
+            self.toggle(running=False)
+        if self.chance.random() < 0.15:
+            self.change_own()
+        if self.chance.random() < 0.1:
+            self.look_around()
 
 
 class GdbSession(Session):
@@ -322,14 +326,9 @@ class GdbSession(Session):
                 self.gdb.interrupt()
             self.gdb.wait_stop(SOON)
 
-    def run(self) -> Iterator[Stop]:
-        while True:
-            stop = self.go()
-            yield stop
-            if stop.reason == "exit":
-                return
-            if self.chance.random() < 0.2:
-                self.toggle(running=False)
+    def disturb(self) -> None:
+        if self.chance.random() < 0.2:
+            self.toggle(running=False)
 
 
 def one_session(guest: Callable[..., Path], seed: str, cpus: int, kind: type[Session]) -> Session:
