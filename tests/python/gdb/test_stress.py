@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,7 +48,7 @@ def remainder_is(divisor: int, rest: int) -> bytes:
     return bytes.fromhex(f"{RSI}22{divisor:02x}{REMAINDER}22{rest:02x}{EQUAL}{END}")
 
 
-class Session:
+class Session(ABC):
     """One guest, its ledger, and breakpoints of Python's; a subclass has the client."""
 
     def __init__(self, dbg: Debugger, server: GdbServer, chance: random.Random) -> None:
@@ -125,10 +126,24 @@ class Session:
 
     def run(self) -> Iterator[Stop]:
         """The stops, to the guest's end."""
-        raise NotImplementedError
+        while True:
+            stop = self.go()
+            yield stop
+            if stop.reason == "exit":
+                return
+            self.disturb()
 
+    @abstractmethod
+    def go(self) -> Stop:
+        """Lets the guest run to its next stop."""
+
+    @abstractmethod
+    def disturb(self) -> None:
+        """What else is done at a stop."""
+
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Ends the client."""
 
 
 class RspSession(Session):
@@ -266,16 +281,7 @@ class RspSession(Session):
                 seen.append((self.stub.request("g"), self.stub.read_memory(stack, 64)))
         assert seen[: self.cpus] == seen[self.cpus :]
 
-    def run(self) -> Iterator[Stop]:
-        while True:
-            stop = self.go()
-            yield stop
-            if stop.reason == "exit":
-                return
-            self.disturb()
-
     def disturb(self) -> None:
-        """What else is done at a stop."""
         if self.chance.random() < 0.2:
             self.toggle(running=False)
         if self.chance.random() < 0.15:
