@@ -475,8 +475,11 @@ impl Engine {
         }
         let lines = self.core.mmu.memory.code_lines();
         if lines.add(physical, block.length.max(1)) {
-            // Our own news; nobody else's is missed, as only one thread at a time runs CPUs of this memory.
+            // Our own news; another CPU's would have raised it once more.
             self.seen_code += u64::from(lines.generation() == self.seen_code + 1);
+            self.core.mmu.forbid_writes(physical);
+        } else if lines.generation() != self.seen_code {
+            // Another CPU of this memory may have found code in the page, and this one still writes there.
             self.core.mmu.forbid_writes(physical);
         }
         let lines = self.core.mmu.memory.code_lines();
