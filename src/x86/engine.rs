@@ -7,9 +7,8 @@ use std::collections::HashSet;
 use super::block::{Block, Cache, Link, Op};
 use super::core::Core;
 use super::lazy::Lazy;
-use super::notes::Ops;
 use super::string::CHUNK;
-use super::translate::translate;
+use super::translate::{Workshop, translate};
 use super::vector::Control;
 use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
 use super::{Outcome, execute_family};
@@ -94,7 +93,7 @@ pub(super) struct Engine {
     /// The state is in [`Engine::regs`] and [`Engine::flags`].
     is_loaded: bool,
     /// Where blocks are made.
-    ops: Ops,
+    workshop: Workshop,
     breakpoints: HashSet<u64>,
     seen_code: u64,
 }
@@ -142,7 +141,7 @@ impl Engine {
             singles: boxed(),
             cache: Cache::default(),
             is_loaded: false,
-            ops: Ops::default(),
+            workshop: Workshop::default(),
             breakpoints: HashSet::new(),
             seen_code: memory.code_lines().generation(),
         }
@@ -434,16 +433,6 @@ impl Engine {
         !code.is_empty() && code.chunks(64).enumerate().all(is_same)
     }
 
-    /// The bytes of code at a place in RAM.
-    fn code(&self, physical: u64, length: u64) -> Box<[u8]> {
-        let mut bytes = vec![0; usize::try_from(length).expect("at most a page")];
-        if let Some(host) = self.core.mmu.host(physical, length) {
-            // SAFETY: RAM of that length, which nobody refers to.
-            unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
-        }
-        bytes.into()
-    }
-
     #[inline(never)]
     fn look_up(&mut self, is_single: bool) -> *mut Block {
         let rip = self.rip;
@@ -454,10 +443,10 @@ impl Engine {
         if let Some(block) = self.cache.get(rip, physical, is_single) {
             // SAFETY: the cache keeps it.
             let known = unsafe { &*block };
-            if !self.core.is_lent || self.has_code(physical, &known.code) {
+            if !self.core.is_lent || self.has_code(physical, known.code()) {
                 return block;
             }
-            self.cache.remove(rip, physical, is_single);
+            self.cache.remove(block);
             self.core.mmu.next_generation();
         }
         if self.cache.is_full() {
@@ -466,15 +455,15 @@ impl Engine {
         }
         let breakpoints = &self.breakpoints;
         let is_breakpoint = |at| breakpoints.contains(&at);
-        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, &mut self.ops, is_breakpoint) else {
+        let workshop = &mut self.workshop;
+        let Some(mut draft) = translate(&self.core.mmu, rip, physical, is_single, workshop, is_breakpoint) else {
             return std::ptr::null_mut();
         };
-        block.is_single = is_single;
-        if self.core.is_lent {
-            block.code = self.code(physical, block.length);
+        if !self.core.is_lent {
+            draft.code = &[];
         }
         let lines = self.core.mmu.memory.code_lines();
-        if lines.add(physical, block.length.max(1)) {
+        if lines.add(physical, draft.length.max(1)) {
             // Our own news; another CPU's would have raised it once more.
             self.seen_code += u64::from(lines.generation() == self.seen_code + 1);
             self.core.mmu.forbid_writes(physical);
@@ -483,7 +472,7 @@ impl Engine {
             self.core.mmu.forbid_writes(physical);
         }
         let lines = self.core.mmu.memory.code_lines();
-        self.cache.insert(block, lines)
+        self.cache.insert(&draft, lines)
     }
 
     /// Has the host's MXCSR gather the flags of floating-point operations, until [`Engine::take_float_flags`]. False if
@@ -510,9 +499,11 @@ impl Engine {
     /// Executes an instruction of the other families in the middle of a block; false if the block must stop.
     #[inline(never)]
     pub fn slow(&mut self, op: *const Op) -> bool {
-        // SAFETY: the operation is of the current block, and its immediate a number of that block's table.
-        let (block, op) = unsafe { (&*self.block, &*op) };
-        let decoded = &block.slow[usize::try_from(op.imm).expect("a small number")];
+        // SAFETY: the operation is of the current block, which is alive, and its immediate a number of that block's table.
+        let (op, decoded) = unsafe {
+            let op = &*op;
+            (op, &*(*self.block).tables.slow.add(usize::try_from(op.imm).expect("a small number")))
+        };
         if self.core.is_stepped && decoded.instruction.has_rep_prefix() | decoded.instruction.has_repne_prefix() {
             // One iteration at a time, which is the slow executor's.
             (self.at, self.stop) = (op, Stop::Redo);

@@ -18,11 +18,12 @@ pub(super) struct Note {
     pub reads: u32,
     /// Those that it writes.
     pub writes: u32,
-    /// A pure operation that copies r2 to r1, of so many bytes.
-    pub copies: Option<usize>,
-    /// A function, and one without flags, for the operation of so many bytes with its first operand in `base` instead
-    /// of r1.
-    pub apart: Option<(usize, Handler, Handler)>,
+    /// A pure operation that copies r2 to r1.
+    pub copies: bool,
+    /// A function, and one without flags, for the operation with its first operand in `base` instead of r1.
+    pub apart: Option<(Handler, Handler)>,
+    /// Bytes of the operands of an operation that copies, or may be told apart.
+    pub size: u8,
 }
 
 /// The bit of the register that a byte offset lies in.
@@ -75,8 +76,8 @@ impl Ops {
     #[inline(always)]
     pub fn nothing_known(&mut self) {
         let note = &mut self.notes[self.list.len()];
-        (note.quiet, note.copies, note.apart) = (None, None, None);
-        (note.sets_flags, note.is_pure, note.reads_flags) = (false, false, false);
+        (note.quiet, note.apart) = (None, None);
+        (note.sets_flags, note.is_pure, note.reads_flags, note.copies) = (false, false, false, false);
         (note.reads, note.writes) = (0, 0);
     }
 
@@ -100,8 +101,8 @@ impl Ops {
     }
 
     fn join_at(&mut self, last: usize) -> bool {
-        let Some((size, loud, quiet)) = self.notes[last].apart else { return false };
-        let Some(at) = self.find_copy(last, size) else { return false };
+        let Some((loud, quiet)) = self.notes[last].apart else { return false };
+        let Some(at) = self.find_copy(last) else { return false };
         let copied = self.list[at].r2;
         let (op, note) = (&mut self.list[last], &mut self.notes[last]);
         (op.run, note.quiet) = (loud, Some(quiet));
@@ -117,15 +118,15 @@ impl Ops {
     }
 
     /// The copy to the last operation's first register that may as well happen then: nobody has looked at it, nor changed what it copies.
-    fn find_copy(&self, last: usize, size: usize) -> Option<usize> {
-        let register = self.list[last].r1;
+    fn find_copy(&self, last: usize) -> Option<usize> {
+        let (register, size) = (self.list[last].r1, self.notes[last].size);
         let (mut reads, mut writes) = (0, 0);
         for at in (last.saturating_sub(REACH)..last).rev() {
             let (op, note) = (&self.list[at], &self.notes[at]);
             if !note.is_pure {
                 return None;
             }
-            if note.copies == Some(size) && op.r1 == register {
+            if note.copies && note.size == size && op.r1 == register {
                 let is_free = (reads | writes) & bit(register) == 0 && writes & bit(op.r2) == 0 && op.r2 != register;
                 return is_free.then_some(at);
             }
