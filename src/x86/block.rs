@@ -20,7 +20,7 @@ const MOST: usize = 1 << 18;
 /// Nor more words of them and of those that were dropped.
 const MOST_WORDS: usize = 1 << 24;
 /// Chains of blocks to begin with.
-const CHAINS: usize = 256;
+const CHAINS: usize = 1024;
 
 /// Executes an operation and all that follow it in its block. Returns the next block, or null with
 /// [`Engine::stop`] set.
@@ -263,8 +263,9 @@ impl Cache {
 
     /// Keeps a block.
     pub fn insert(&mut self, draft: &Draft, lines: &CodeLines) -> *mut Block {
-        if self.count >= self.chains.len() {
-            self.chain_anew((2 * self.chains.len()).max(CHAINS));
+        // Most questions are about blocks that are not there yet: chains are short, so that few others are looked at.
+        if 2 * self.count >= self.chains.len() {
+            self.chain_anew((4 * self.chains.len()).max(CHAINS));
         }
         let Draft { rip, physical, is_single, length, count, ops, tables, code } = *draft;
         let none = Link { block: std::ptr::null_mut(), generation: 0 };

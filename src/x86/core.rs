@@ -78,6 +78,11 @@ impl Core {
         self.mmu.set_mode(Mode::new(&self.state.core.system, self.state.core.registers.rflags));
     }
 
+    /// The same, and that all translations are to be made anew.
+    pub fn mode_renewed(&mut self) {
+        self.mmu.set_mode_anew(Mode::new(&self.state.core.system, self.state.core.registers.rflags));
+    }
+
     /// Whether code is of 64-bit mode.
     pub fn is_in_long_mode(&self) -> bool {
         self.state.core.system.cs.attributes & segment_attributes::L != 0

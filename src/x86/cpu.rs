@@ -572,8 +572,7 @@ impl Cpu {
     pub fn restore(&mut self, state: &State) {
         self.engine.settle();
         self.engine.core.state = *state;
-        self.engine.core.mode_changed();
-        self.engine.core.mmu.flush();
+        self.engine.core.mode_renewed();
         self.update_watchpoints();
         self.after = None;
         if let Some(access) = state.pending_read {

@@ -50,15 +50,13 @@ pub(super) enum Stop {
     Breakpoint,
 }
 
-/// Where an indirect jump went before.
+/// Where an indirect jump went before. Of zeros alone, it is nowhere: generations begin with 1.
 #[derive(Clone, Copy)]
 pub(super) struct Jump {
     pub rip: u64,
     pub generation: u64,
     pub block: *mut Block,
 }
-
-const NO_JUMP: Jump = Jump { rip: 0, generation: 0, block: std::ptr::null_mut() };
 
 /// A CPU with the registers that fast operations work on.
 #[repr(C)]
@@ -116,8 +114,17 @@ fn exchange_mxcsr(new: u32) -> u32 {
 // SAFETY: the pointers are into blocks that the engine owns itself.
 unsafe impl Send for Engine {}
 
-fn boxed<const N: usize>() -> Box<[Jump; N]> {
-    vec![NO_JUMP; N].into_boxed_slice().try_into().map_err(|_| ()).expect("the length is N")
+/// A cache without jumps, in memory that the host need not give before it is used: a CPU for a few instructions touches
+/// little of it.
+fn no_jumps<const N: usize>() -> Box<[Jump; N]> {
+    let layout = std::alloc::Layout::new::<[Jump; N]>();
+    // SAFETY: the layout is not empty.
+    let first = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<[Jump; N]>();
+    if first.is_null() {
+        std::alloc::handle_alloc_error(layout);
+    }
+    // SAFETY: allocated for it, and zeros are jumps to nowhere.
+    unsafe { Box::from_raw(first) }
 }
 
 impl Engine {
@@ -137,8 +144,8 @@ impl Engine {
             vector_target: 0,
             host_mxcsr: None,
             core: Core::new(memory),
-            jumps: boxed(),
-            singles: boxed(),
+            jumps: no_jumps(),
+            singles: no_jumps(),
             cache: Cache::default(),
             is_loaded: false,
             workshop: Workshop::default(),

@@ -2,6 +2,7 @@
 //! whose flags nobody reads compute none, and a copy between registers is joined with the operation that changes it.
 
 use super::block::{Handler, LONGEST, Op};
+use super::ops::pair::{First, Second, pair};
 
 /// What an operation reads and leaves. The default holds for all: it may stop, so that all before it must be done.
 #[derive(Clone, Copy, Default)]
@@ -22,8 +23,12 @@ pub(super) struct Note {
     pub copies: bool,
     /// A function, and one without flags, for the operation with its first operand in `base` instead of r1.
     pub apart: Option<(Handler, Handler)>,
-    /// Bytes of the operands of an operation that copies, or may be told apart.
+    /// Bytes of the operands of an operation that copies, has its first operand apart, or may be one of a pair.
     pub size: u8,
+    /// It may be the first of a pair: it sets r1, and its flags are of no use to the second one.
+    pub first: Option<First>,
+    /// It may be the second: it changes r1 by r2.
+    pub second: Option<Second>,
 }
 
 /// The bit of the register that a byte offset lies in.
@@ -76,7 +81,7 @@ impl Ops {
     #[inline(always)]
     pub fn nothing_known(&mut self) {
         let note = &mut self.notes[self.list.len()];
-        (note.quiet, note.apart) = (None, None);
+        (note.quiet, note.apart, note.first, note.second) = (None, None, None, None);
         (note.sets_flags, note.is_pure, note.reads_flags, note.copies) = (false, false, false, false);
         (note.reads, note.writes) = (0, 0);
     }
@@ -105,7 +110,7 @@ impl Ops {
         let Some(at) = self.find_copy(last) else { return false };
         let copied = self.list[at].r2;
         let (op, note) = (&mut self.list[last], &mut self.notes[last]);
-        (op.run, note.quiet) = (loud, Some(quiet));
+        (op.run, note.quiet, note.apart, note.second) = (loud, Some(quiet), None, None);
         op.base = copied;
         // The second operand is what the copy would have made.
         if op.r2 == op.r1 {
@@ -134,6 +139,33 @@ impl Ops {
             writes |= note.writes;
         }
         None
+    }
+
+    /// Makes a pair of the last two operations, if they are one. True if they were.
+    #[inline]
+    pub fn pair(&mut self) -> bool {
+        let Some(last) = self.list.len().checked_sub(1).filter(|last| *last > 0) else { return false };
+        let (before, note) = (&self.notes[last - 1], &self.notes[last]);
+        match (before.first, note.second) {
+            (Some(first), Some(second)) if before.size == note.size => {
+                self.pair_at(last, pair(first, second, note.size))
+            }
+            _ => false,
+        }
+    }
+
+    fn pair_at(&mut self, last: usize, (loud, quiet): (Handler, Handler)) -> bool {
+        let (first, second) = (self.list[last - 1], self.list[last]);
+        if second.r2 != first.r1 || second.r1 == first.r1 {
+            return false;
+        }
+        // What is read and written is what both do together: none of it can stop.
+        let (reads, writes) = (self.notes[last - 1].reads | self.notes[last].reads, bit(first.r1) | bit(second.r1));
+        let Op { number, at, r1, r2, .. } = second;
+        self.list[last - 1] = Op { run: loud, r1, r2, number, at, ..first };
+        self.list.pop();
+        self.notes[last - 1] = Note { quiet: Some(quiet), sets_flags: true, ..Note::pure(reads, writes) };
+        true
     }
 
     /// Lets operations compute no flags that are overwritten before anybody may look.

@@ -17,6 +17,7 @@ use super::notes::{Note, Ops, bit as of};
 use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
+use super::ops::pair::First;
 use super::ops::{breakpoint, data, flow, redo, slow, string};
 use super::privileged::needs_machine;
 use super::vector::VectorFn;
@@ -186,6 +187,7 @@ impl Builder<'_> {
                     if self.ops.join() {
                         self.before = None;
                     }
+                    self.ops.pair();
                 }
                 Made::Nothing => self.before = None,
                 Made::End => return true,
@@ -456,7 +458,9 @@ impl Builder<'_> {
                 }
                 let memory = self.memory(i)?;
                 let reads = of(memory.base) | of(memory.index) | narrow(r1, size);
-                self.ops.note(Note::pure(reads, of(r1)));
+                let first = if memory.is_indexed { First::Indexed } else { First::Based };
+                let first = Some(first).filter(|_| size >= 4);
+                self.ops.note(Note { first, size: bytes(size), ..Note::pure(reads, of(r1)) });
                 self.place(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
             }
             M::Xchg => {

@@ -6,6 +6,7 @@ use super::super::block::{Handler, Op};
 use super::super::engine::ZERO;
 use super::super::notes::{Note, bit as of};
 use super::super::ops::alu::{self, Form, Functions, Joined, comparisons, functions};
+use super::super::ops::pair::{First, Second};
 use super::super::ops::{bit, multiply, shift};
 use super::{Builder, bytes, immediate, offset, register_operand, with_memory};
 use crate::registers::RCX;
@@ -16,29 +17,33 @@ struct Arithmetic {
     /// What it may be joined with a branch as, if it is on registers alone, or on a register and an immediate.
     joined: [Option<Joined>; 2],
     reads_flags: bool,
+    /// What it may be in a pair, if it is on registers alone.
+    second: Option<Second>,
 }
 
-impl Arithmetic {
-    const fn new(functions: Functions, joined: [Option<Joined>; 2]) -> Self {
-        Self { functions, joined, reads_flags: false }
-    }
-
-    const fn with_carry(functions: Functions) -> Self {
-        Self { functions, joined: [None; 2], reads_flags: true }
-    }
+/// One that can be joined with a branch only as a comparison with an immediate can, or not at all.
+const fn plain(functions: Functions, joined: Option<Joined>, second: Second) -> Arithmetic {
+    Arithmetic { functions, joined: [None, joined], reads_flags: false, second: Some(second) }
 }
 
-static ADD: Arithmetic = Arithmetic::new(functions::<alu::Add>(), [None, Some(Joined::AddImmediate)]);
-static ADC: Arithmetic = Arithmetic::with_carry(functions::<alu::Adc>());
-static SUB: Arithmetic = Arithmetic::new(functions::<alu::Sub>(), [None, Some(Joined::SubImmediate)]);
-static SBB: Arithmetic = Arithmetic::with_carry(functions::<alu::Sbb>());
-static AND: Arithmetic = Arithmetic::new(functions::<alu::And>(), [None; 2]);
-static OR: Arithmetic = Arithmetic::new(functions::<alu::Or>(), [None; 2]);
-static XOR: Arithmetic = Arithmetic::new(functions::<alu::Xor>(), [None; 2]);
-static CMP: Arithmetic =
-    Arithmetic::new(comparisons::<alu::Cmp>(), [Some(Joined::CmpRegister), Some(Joined::CmpImmediate)]);
-static TEST: Arithmetic =
-    Arithmetic::new(comparisons::<alu::Test>(), [Some(Joined::TestRegister), Some(Joined::TestImmediate)]);
+const fn with_carry(functions: Functions) -> Arithmetic {
+    Arithmetic { functions, joined: [None; 2], reads_flags: true, second: None }
+}
+
+const fn comparison(functions: Functions, of_registers: Joined, with_immediate: Joined) -> Arithmetic {
+    let joined = [Some(of_registers), Some(with_immediate)];
+    Arithmetic { functions, joined, reads_flags: false, second: None }
+}
+
+static ADD: Arithmetic = plain(functions::<alu::Add>(), Some(Joined::AddImmediate), Second::Add);
+static ADC: Arithmetic = with_carry(functions::<alu::Adc>());
+static SUB: Arithmetic = plain(functions::<alu::Sub>(), Some(Joined::SubImmediate), Second::Sub);
+static SBB: Arithmetic = with_carry(functions::<alu::Sbb>());
+static AND: Arithmetic = plain(functions::<alu::And>(), None, Second::And);
+static OR: Arithmetic = plain(functions::<alu::Or>(), None, Second::Or);
+static XOR: Arithmetic = plain(functions::<alu::Xor>(), None, Second::Xor);
+static CMP: Arithmetic = comparison(comparisons::<alu::Cmp>(), Joined::CmpRegister, Joined::CmpImmediate);
+static TEST: Arithmetic = comparison(comparisons::<alu::Test>(), Joined::TestRegister, Joined::TestImmediate);
 
 impl Builder<'_> {
     pub(super) fn arithmetic(&mut self, i: &Instruction) -> Option<()> {
@@ -72,6 +77,7 @@ impl Builder<'_> {
             reads_flags: which.reads_flags,
             is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
             size: bytes(size),
+            second: which.second.filter(|_| form == Form::RegisterRegister && size >= 4),
             ..Note::pure(reads, writes)
         });
         self.before = which.joined.get(row).copied().flatten().map(|joined| (joined, size));
@@ -101,11 +107,11 @@ impl Builder<'_> {
         use Mnemonic as M;
         let (r1, size) = register_operand(i, 0)?;
         let choose: Shifting = match i.mnemonic() {
-            M::Shl | M::Sal => shifting::<shift::Shl>(),
-            M::Shr => shifting::<shift::Shr>(),
-            M::Sar => shifting::<shift::Sar>(),
-            M::Rol => shifting::<shift::Rol>(),
-            M::Ror => shifting::<shift::Ror>(),
+            M::Shl | M::Sal => shifting::<shift::Shl>(First::Shl),
+            M::Shr => shifting::<shift::Shr>(First::Shr),
+            M::Sar => shifting::<shift::Sar>(First::Sar),
+            M::Rol => shifting::<shift::Rol>(First::Rol),
+            M::Ror => shifting::<shift::Ror>(First::Ror),
             M::Shlx => return self.shift_without_flags(i, 0),
             M::Shrx => return self.shift_without_flags(i, 1),
             M::Sarx => return self.shift_without_flags(i, 2),
@@ -136,9 +142,11 @@ impl Builder<'_> {
             apart: variants.map(|(_, apart, quiet)| (apart, quiet)),
             size: bytes(size),
             sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
+            first: Some(choose.first).filter(|_| size >= 4),
             ..Note::pure(of(r1), of(r1))
         });
-        self.place(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
+        // The base is r1 unless a copy is joined with the shift.
+        self.place(Op { r1, base: r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
     }
 
     fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<()> {
@@ -222,14 +230,17 @@ impl Builder<'_> {
 
 /// The functions for a shift, by size.
 struct Shifting {
+    /// What it is in a pair, with the value that it shifts in `base`.
+    first: First,
     by_immediate: fn(usize) -> Handler,
     variants: fn(usize) -> Option<(Handler, Handler, Handler)>,
     by_cl: fn(usize) -> Option<Handler>,
     by_cl_quiet: fn(usize) -> Option<Handler>,
 }
 
-fn shifting<S: shift::Shift>() -> Shifting {
+fn shifting<S: shift::Shift>(first: First) -> Shifting {
     Shifting {
+        first,
         by_immediate: shift::immediate::<S>,
         variants: shift::variants::<S>,
         by_cl: shift::variable::<S>,
