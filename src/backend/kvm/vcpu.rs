@@ -24,9 +24,8 @@ use crate::x86;
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1;
-/// The general registers, and the system registers, come with each exit for so many exits after somebody last asked for
-/// them. A guest that needs them at each exit (hypercalls of interface 2, breakpoints) saves an ioctl; one that never does,
-/// saves the copy.
+/// The general registers come with each exit for so many exits after somebody last asked for them. A guest that needs
+/// them at each exit (hypercalls of interface 2, breakpoints) saves an ioctl; one that never does, saves the copy.
 const SYNC_EXITS: u8 = 64;
 const DR7_RESERVED: u64 = 0x400;
 /// DR7.LE and GE: exact breakpoints.
@@ -38,10 +37,6 @@ pub struct KvmVcpu {
     kick: Arc<kick::KvmKick>,
     /// Exits that still bring the general registers with them.
     sync_exits: u8,
-    /// Exits that still bring the system registers.
-    sync_system: u8,
-    /// The shared page holds the current system registers.
-    system_synced: bool,
     /// The shared page holds the current general registers.
     synced: bool,
     /// The shared page holds registers that KVM takes at the next KVM_RUN.
@@ -73,8 +68,6 @@ impl KvmVcpu {
             fd,
             kick: Arc::new(kick::KvmKick::new()),
             sync_exits: 0,
-            sync_system: 0,
-            system_synced: false,
             synced: false,
             dirty: false,
             io: None,
@@ -122,20 +115,13 @@ impl KvmVcpu {
                 self.fd.clear_sync_valid_reg(SyncReg::Register);
             }
         }
-        if self.sync_system > 0 {
-            self.sync_system -= 1;
-            if self.sync_system == 0 {
-                self.fd.clear_sync_valid_reg(SyncReg::SystemRegister);
-            }
-        }
         self.io = None;
-        self.forget_system();
+        self.system = None;
         self.has_injected = false;
         // SAFETY: a vCPU fd and a request without argument; what the guest does stays in guest memory.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
         self.dirty = false;
         self.synced = self.sync_exits > 0;
-        self.system_synced = self.sync_system > 0;
         if result == 0 {
             return Ok(true);
         }
@@ -144,12 +130,6 @@ impl KvmVcpu {
             Some(libc::EINTR | libc::EAGAIN) => Ok(false),
             _ => Err(Error::Hypervisor { call: "KVM_RUN", source: error }),
         }
-    }
-
-    /// The system registers that are known are no longer true.
-    fn forget_system(&mut self) {
-        self.system = None;
-        self.system_synced = false;
     }
 
     fn decode(&mut self) -> Exit {
@@ -364,22 +344,14 @@ impl Vcpu for KvmVcpu {
         if let Some(known) = self.system {
             return Ok(known);
         }
-        let found = if self.system_synced {
-            SystemRegisters::from(&self.fd.sync_regs().sregs)
-        } else {
-            SystemRegisters::from(&self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?)
-        };
-        if self.sync_system == 0 {
-            self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
-        }
-        self.sync_system = SYNC_EXITS;
+        let found = SystemRegisters::from(&self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?);
         self.system = Some(found);
         Ok(found)
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
         self.changes += 1;
-        self.forget_system();
+        self.system = None;
         let mut sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
         convert::apply(registers, &mut sregs);
         self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))
@@ -429,7 +401,7 @@ impl Vcpu for KvmVcpu {
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
         self.changes += 1;
         // EFER and the bases of FS and GS are both.
-        self.forget_system();
+        self.system = None;
         let msrs =
             Msrs::from_entries(&[kvm_msr_entry { index, data: value, ..Default::default() }]).expect("one entry fits");
         let taken = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
