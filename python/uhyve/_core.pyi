@@ -16,6 +16,7 @@ __all__ = [
     "Registers",
     "__version__",
     "bench_clock",
+    "bench_crowd",
     "bench_floor",
     "choose_backend",
     "evaluate_condition",
@@ -35,6 +36,9 @@ CONDITION_REGISTERS: Final[dict[str, int]]
 
 def bench_clock() -> dict[str, Any]:
     """The clock of all measurements: ``source``, ``invariant``, ``kernel``, ``ticks_per_ns``, and what it costs."""
+
+def bench_crowd(cpus: int, rounds: int) -> list[float]:
+    """Kicks threads in bare KVM_RUN loops together; nanoseconds until the caller is told that all are out."""
 
 def bench_floor(backend: str, kind: str, count: int, skip: int, cpu: int | None = None) -> list[tuple[float, int]]:
     """Times exits without any VMM; nanoseconds and how often each was seen. ``cpu``: the host CPU to do it on."""

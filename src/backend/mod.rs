@@ -2,7 +2,7 @@
 //! above speaks these; what a kernel or an emulator calls its own structs stays below.
 
 pub mod kvm;
-mod signal;
+pub(crate) mod signal;
 pub mod soft;
 
 use std::sync::Arc;

@@ -30,7 +30,7 @@ fn install(signal: libc::c_int) -> bool {
 }
 
 /// Lets the kick signal through in the calling thread, whatever mask it inherited.
-pub(super) fn unblock() -> Result<()> {
+pub(crate) fn unblock() -> Result<()> {
     let signal = number()?;
     // SAFETY: the set is a local and initialised by sigemptyset.
     unsafe {

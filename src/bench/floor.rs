@@ -19,14 +19,14 @@ use crate::stats::clock;
 use crate::stats::latency::Recorded;
 
 /// KVM_RUN = _IO(KVMIO, 0x80).
-const KVM_RUN: libc::c_ulong = 0xae80;
+pub(super) const KVM_RUN: libc::c_ulong = 0xae80;
 /// Where page tables and code lie.
-const TABLES: [(u64, u64); 3] = [(0x1000, 0x2003), (0x2000, 0x3003), (0x3000, 0x83)];
+pub(super) const TABLES: [(u64, u64); 3] = [(0x1000, 0x2003), (0x2000, 0x3003), (0x3000, 0x83)];
 const ROOT: u64 = 0x1000;
-const CODE: u64 = 0x8000;
+pub(super) const CODE: u64 = 0x8000;
 /// A port that nothing answers, and an address that is not RAM (the table maps 2 MiB, the VM has less).
 const PORT: u64 = 0x99;
-const MEMORY: u64 = 1 << 20;
+pub(super) const MEMORY: u64 = 1 << 20;
 const OUTSIDE: u64 = MEMORY + 0x1000;
 /// Longer than this no exit takes, in ticks.
 const LONGEST: u64 = 3600 * 4_000_000_000;
@@ -100,7 +100,6 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
     let kvm = open_kvm()?;
     let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
     vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
     let region = kvm_userspace_memory_region {
         memory_size: memory.size(),
         userspace_addr: memory.host_pointer() as u64,
@@ -108,7 +107,8 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
     };
     // SAFETY: `memory` outlives `vm`, which this function makes and drops.
     unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-    let mut vcpu = kvm_vcpu(&kvm, &vm)?;
+    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    let mut vcpu = kvm_vcpu(&kvm, &vm, 0)?;
     let fd = vcpu.as_raw_fd();
     let page: *const kvm_bindings::kvm_run = vcpu.get_kvm_run();
     for n in 0..skip + count {
@@ -128,8 +128,8 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
     Ok(())
 }
 
-fn kvm_vcpu(kvm: &Kvm, vm: &VmFd) -> Result<VcpuFd> {
-    let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
+pub(super) fn kvm_vcpu(kvm: &Kvm, vm: &VmFd, number: u32) -> Result<VcpuFd> {
+    let vcpu = vm.create_vcpu(number.into()).map_err(failed("KVM_CREATE_VCPU"))?;
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
     vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
     vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(failed("KVM_SET_MP_STATE"))?;

@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use super::errors::{detached, to_python};
+use crate::bench::crowd;
 use crate::bench::floor::{self, Kind};
 use crate::error::Error;
 use crate::stats::clock;
@@ -55,6 +56,12 @@ pub fn bench_floor(
         thread.join().unwrap_or_else(|_| Err(Error::VmState("the floor's thread has panicked".into())))
     })?;
     Ok(measured.buckets())
+}
+
+/// Kicks so many threads in bare KVM_RUN loops together: nanoseconds until the caller is told that all are out.
+#[pyfunction]
+pub fn bench_crowd(py: Python<'_>, cpus: u32, rounds: u32) -> PyResult<Vec<f64>> {
+    detached(py, || crowd::measure(cpus, rounds))
 }
 
 /// Latencies of each vCPU: reason, part, and its numbers.

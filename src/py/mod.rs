@@ -29,6 +29,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<memory::PyMemory>()?;
     module.add_class::<gdb::PyGdbServer>()?;
     module.add_function(wrap_pyfunction!(bench::bench_clock, module)?)?;
+    module.add_function(wrap_pyfunction!(bench::bench_crowd, module)?)?;
     module.add_function(wrap_pyfunction!(bench::bench_floor, module)?)?;
     module.add_function(wrap_pyfunction!(probe::choose_backend, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_kvm, module)?)?;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["CASES", "Bar", "Case"]
+__all__ = ["CASES", "CASES_BY_NAME", "Bar", "Case"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
     """The same for people."""
     loop: str = ""
     """What the guest is told to do."""
-    how: Literal["exits", "told", "stop", "hit", "step", "gdb", "life", "boot", "process"] = "exits"
+    how: Literal["exits", "told", "stop", "crowd", "hit", "step", "gdb", "life", "boot", "process"] = "exits"
     """Who measures: the host's sampler by reason (``exits``, ``hit``), the guest (``told``), or the caller's clock."""
     reason: str = ""
     """The exit that is meant, if exits are timed."""
@@ -100,6 +100,10 @@ def _stops() -> list[Case]:
             )
             for n in (1, 2, 4, 8)
         ),
+        *(
+            Case(f"crowd_{n}", f"bare threads in KVM_RUN, kicked together, {n}", how="crowd", cpus=n, base="kick")
+            for n in (1, 4)
+        ),
         *(Case(f"resume_{n}", f"its resume, {n} vCPUs", "spin", "stop", part="resume", cpus=n) for n in (1, 2, 4, 8)),
     ]
 
@@ -149,3 +153,5 @@ CASES: Final[tuple[Case, ...]] = (
     Case("boot", "boot to exit, Vm.run() once more", "exit", "boot", base="process", bars=_ratio(0.2)),
 )
 """All of them, in the order of reports."""
+
+CASES_BY_NAME: Final = {case.name: case for case in CASES}

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from uhyve import __version__, _core
-from uhyve.bench.cases import CASES, Case
+from uhyve.bench.cases import CASES, CASES_BY_NAME, Case
 from uhyve.bench.facts import facts
-from uhyve.bench.report import Exits, Report, Result, Verdict, coarse, quantile, summarize
+from uhyve.bench.report import ENOUGH, Exits, Report, Result, Verdict, coarse, quantile, summarize
 from uhyve.bench.ways import Round, Ways, floor
 from uhyve.errors import UhyveError
 
@@ -84,21 +84,31 @@ class _Bench:
 
     def run(self, end: float, progress: Callable[[str], object]) -> None:
         """All passes; what was measured goes to the report."""
-        for number in range(self._rounds):
+        passes = self._passes()
+        for number, names in enumerate(passes):
             self._seen.clear()
             self._ways.forget()
-            for place, book in enumerate(list(self._books.values())):
-                if time.monotonic() > end and (number or self._report.quick):
-                    if number:
-                        break
-                    self._skip(book.case, _NO_TIME)
+            for place, name in enumerate(names):
+                book = self._books.get(name)
+                if book is None or (time.monotonic() > end and (book.has_rounds or self._report.quick)):
                     continue
-                progress(f"{number + 1}/{self._rounds} {book.case.title}")
+                progress(f"{number + 1}/{len(passes)} {book.case.title}")
                 if place % _PROBE_EVERY == _PROBE_EVERY - 1:
                     self._probe()
                 self._round(book)
+        for name in [name for name, book in self._books.items() if not book.has_rounds]:
+            self._skip(CASES_BY_NAME[name], _NO_TIME)
         self._probe()
         self._report.results = [book.result(self._backend) for book in self._books.values()]
+
+    def _passes(self) -> list[list[str]]:
+        """What each pass measures: with little time on a slow machine, first what bars are about, until judged."""
+        everything = list(self._books)
+        if not self._report.quick or self._exit_ns <= _SLOW:
+            return [everything] * self._rounds
+        barred = [book.case for book in self._books.values() if book.case.bars]
+        first = {case.name for case in barred} | {case.base for case in barred}
+        return [[name for name in everything if name in first]] * ENOUGH + [everything] * self._rounds
 
     def _round(self, book: _Book) -> None:
         """One round of a case, behind one of what it is compared with."""
@@ -121,7 +131,7 @@ class _Bench:
         if case.floor:
             return floor(self._backend, case.floor, self._count(case), self._cpu)
         if case.base:
-            return self._measured(next(other for other in CASES if other.name == case.base)).parts["total"]
+            return self._measured(CASES_BY_NAME[case.base]).parts["total"]
         return None
 
     def _count(self, case: Case) -> int:
@@ -140,6 +150,11 @@ class _Book:
         self._floors: list[float] = []
         self._parts: dict[str, Pool] = {}
         self._exits: dict[tuple[int, str], dict[str, Pool]] = {}
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether it has been measured."""
+        return bool(self._rounds)
 
     def take(self, found: Round, beside: Buckets | None) -> None:
         """A round, and what stands beside it."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 from uhyve.errors import ConfigError
 
 __all__ = [
+    "ENOUGH",
     "SCHEMA",
     "Exits",
     "Report",
@@ -30,7 +31,7 @@ SCHEMA: Final = "uhyve-bench-2"
 Buckets = list[tuple[float, int]]
 Summary = dict[str, float]
 _MOVED: Final = 0.10
-_ENOUGH: Final = 3
+ENOUGH: Final = 3
 """Rounds that a verdict takes."""
 _DECADE: Final = 50
 """Buckets for a power of ten in reports."""
@@ -100,7 +101,7 @@ class Verdict:
         """``held``, ``NOT held``, or ``unclear`` if it is not, but noise or too few rounds allow that it could be."""
         if self.held:
             return "held"
-        return "NOT held" if self.rounds >= _ENOUGH and self.interval[0] > self.limit else "unclear"
+        return "NOT held" if self.rounds >= ENOUGH and self.interval[0] > self.limit else "unclear"
 
     def __str__(self) -> str:
         words = {"ratio": "ratio ", "more_ns": "+", "p50_ns": "", "tail": "p99/p50 "}[self.what]

@@ -77,6 +77,8 @@ class Ways:
                 return self._told(case)
             case "stop":
                 return self._together(case, self._stops)
+            case "crowd":
+                return self._crowd(case)
             case "hit":
                 return self._hits(case, min(count, _HITS))
             case "step":
@@ -149,6 +151,12 @@ class Ways:
             dbg._machine.time_stops(1, 0.02)
             found = dbg._machine.time_stops(self.few, 0.001)
         return {part: _rising(timing[n] for timing in found) for n, part in enumerate(("kick", "stop", "resume"), 1)}
+
+    def _crowd(self, case: Case) -> Round:
+        """The floor under stops."""
+        if self.backend != "kvm":
+            raise VmStateError(f"{self.backend} has no KVM_RUN to leave")
+        return Round({"total": _rising(_core.bench_crowd(case.cpus, self.few))})
 
     def _hits(self, case: Case, count: int) -> Round:
         """A breakpoint that is met again and again and lets all go on."""

@@ -9,7 +9,7 @@ use crate::backend::{Kick, signal};
 use crate::error::Result;
 
 /// The kick handle of a KVM vCPU.
-pub(super) struct KvmKick {
+pub(crate) struct KvmKick {
     /// A kick came that no `run` has answered. `immediate_exit` alone would not tell it from our own use of that flag.
     kicked: AtomicBool,
     target: Mutex<Option<Target>>,
@@ -26,12 +26,12 @@ unsafe impl Send for KvmKick {}
 unsafe impl Sync for KvmKick {}
 
 impl KvmKick {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { kicked: AtomicBool::new(false), target: Mutex::new(None) }
     }
 
     /// From now on kicks go to the calling thread. The caller unbinds before the thread or the vCPU ends.
-    pub(super) fn bind(&self, immediate_exit: *const AtomicU8) -> Result<()> {
+    pub(crate) fn bind(&self, immediate_exit: *const AtomicU8) -> Result<()> {
         signal::number()?;
         // SAFETY: always sound.
         let thread = unsafe { libc::pthread_self() };
@@ -48,7 +48,7 @@ impl KvmKick {
         self.kicked.store(false, Ordering::SeqCst);
     }
 
-    pub(super) fn unbind(&self) {
+    pub(crate) fn unbind(&self) {
         *self.target.lock().unwrap_or_else(|e| e.into_inner()) = None;
     }
 }

@@ -92,7 +92,6 @@ impl KvmBackend {
         let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         let mut backend = Self {
             kvm: Arc::new(kvm),
             vm,
@@ -106,6 +105,8 @@ impl KvmBackend {
         if !options.firmware_exits {
             backend.map_firmware(memory)?;
         }
+        // Behind the memory slots: the controllers' ports begin a grace period of the kernel, which a slot would wait for.
+        backend.vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         backend.enable(
             Cap::X2ApicApi as u32,
             u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),

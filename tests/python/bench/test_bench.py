@@ -176,6 +176,24 @@ def test_quick_bench_whose_time_is_over_skips_what_is_left_and_says_so(monkeypat
     assert all("no time was left" in report.skipped[name] for name in ("pio", "boot"))
 
 
+def test_quick_bench_of_a_slow_machine_measures_first_what_bars_are_about(monkeypatch):
+    monkeypatch.setattr("uhyve.bench.measure._SLOW", 0.0)
+    titles = []
+
+    bench.run(
+        ["pio", "write_1"], backend="soft", quick=True, progress=lambda text: titles.append(text.split(" ", 1)[1])
+    )
+
+    assert titles[:3] == ["port out"] * 3
+    assert "file write, 1 bytes" in titles[3:]
+
+
+def test_bench_of_the_software_cpu_skips_the_floor_under_stops_and_says_why():
+    report = bench.run(["crowd_1"], backend="soft", quick=True)
+
+    assert "no KVM_RUN" in report.skipped["crowd_1"]
+
+
 def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
     report = bench.run(["wake"], backend="soft", quick=True)
 
