@@ -15,7 +15,7 @@ use nix::sys::eventfd::EventFd;
 use super::floor::{self, CODE, MEMORY, TABLES};
 use crate::backend::Kick;
 use crate::backend::kvm::kick::KvmKick;
-use crate::backend::kvm::{failed, open_kvm};
+use crate::backend::kvm::{create_vm, failed, open_kvm};
 use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory};
 use crate::stats::clock;
@@ -47,7 +47,7 @@ pub fn measure(cpus: u32, rounds: u32) -> Result<Vec<f64>> {
     }
     memory.write(CODE, &SPIN)?;
     let kvm = open_kvm()?;
-    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+    let vm = create_vm(&kvm)?;
     vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
     let region = kvm_userspace_memory_region {
         memory_size: memory.size(),

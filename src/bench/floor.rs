@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-use crate::backend::kvm::{failed, open_kvm};
+use crate::backend::kvm::{create_vm, failed, open_kvm};
 use crate::backend::{Backend, Exit, MachineOptions, Vcpu, soft};
 use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory};
@@ -98,7 +98,7 @@ pub fn measure(backend: &str, kind: Kind, count: u64, skip: u64) -> Result<Recor
 
 fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: &mut Histogram<u32>) -> Result<()> {
     let kvm = open_kvm()?;
-    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+    let vm = create_vm(&kvm)?;
     vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
     let region = kvm_userspace_memory_region {
         memory_size: memory.size(),
