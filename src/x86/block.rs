@@ -8,6 +8,7 @@ use super::arena::Arena;
 use super::core::Decoded;
 use super::engine::Engine;
 use super::mmu::PAGE_MASK;
+use super::translate::Place;
 use super::vector::VectorFn;
 use super::vector_call::VectorCall;
 use crate::code_lines::CodeLines;
@@ -74,6 +75,8 @@ pub(super) struct Block {
     pub length: u64,
     /// Guest-physical address.
     pub physical: u64,
+    /// The page where its only instruction goes on, if it crosses into one.
+    pub rest: Option<u64>,
     /// Made of one instruction, whatever follows; never linked.
     pub is_single: bool,
     /// What its operations refer to by number.
@@ -110,8 +113,7 @@ pub(super) struct Tables<S, V, F> {
 
 /// A block in the making: what a [`Cache`] copies to where blocks stand.
 pub(super) struct Draft<'a> {
-    pub rip: u64,
-    pub physical: u64,
+    pub place: Place,
     pub is_single: bool,
     /// Bytes.
     pub length: u64,
@@ -166,12 +168,23 @@ pub(super) struct Cache {
     /// Blocks in the chains.
     count: usize,
     pages: HashMap<u64, CodePage, Hash>,
+    /// Blocks that cross into another page, which is not in whose list they are.
+    crossing: Vec<Crossing>,
+}
+
+/// A block that ends in another page than it begins in.
+struct Crossing {
+    block: *mut Block,
+    /// That other page, and its version.
+    page: u64,
+    version: u32,
 }
 
 impl Default for Cache {
     fn default() -> Self {
         let chains = Box::default();
-        Self { arena: Arena::default(), chains, count: 0, pages: HashMap::default() }
+        let pages = HashMap::default();
+        Self { arena: Arena::default(), chains, count: 0, pages, crossing: Vec::new() }
     }
 }
 
@@ -240,6 +253,7 @@ impl Cache {
         if let Some(code) = self.pages.get_mut(&page) {
             unlink(&raw mut code.first, block, next_of_page);
         }
+        self.crossing.retain(|crossing| crossing.block != block);
     }
 
     /// Takes a block out of its chain.
@@ -267,7 +281,7 @@ impl Cache {
         if 2 * self.count >= self.chains.len() {
             self.chain_anew((4 * self.chains.len()).max(CHAINS));
         }
-        let Draft { rip, physical, is_single, length, count, ops, tables, code } = *draft;
+        let Draft { place: Place { rip, physical, rest }, is_single, length, count, ops, tables, code } = *draft;
         let none = Link { block: std::ptr::null_mut(), generation: 0 };
         let arena = &mut self.arena;
         let block = Block {
@@ -277,6 +291,7 @@ impl Cache {
             links: [none; 2],
             length,
             physical,
+            rest,
             is_single,
             tables: Tables {
                 slow: arena.keep(tables.slow),
@@ -294,6 +309,9 @@ impl Cache {
         let code_page = self.pages.entry(page).or_insert_with(of_page);
         // SAFETY: the block was made just now.
         unsafe { (*block).next_of_page = std::mem::replace(&mut code_page.first, block) };
+        if let Some(page) = rest {
+            self.crossing.push(Crossing { block, page, version: lines.version(page) });
+        }
         block
     }
 
@@ -326,6 +344,7 @@ impl Cache {
     pub fn drop_changed(&mut self, lines: &CodeLines) -> bool {
         let is_changed = |(page, code): (&u64, &CodePage)| (code.version != lines.version(*page)).then_some(*page);
         let changed: Vec<u64> = self.pages.iter().filter_map(is_changed).collect();
+        let has_changed = self.drop_crossing(lines, &changed);
         for page in &changed {
             let mut block = self.pages.remove(page).map_or(std::ptr::null_mut(), |code| code.first);
             while !block.is_null() {
@@ -334,18 +353,40 @@ impl Cache {
                 block = unsafe { (*block).next_of_page };
             }
         }
-        !changed.is_empty()
+        has_changed || !changed.is_empty()
+    }
+
+    /// Drops the blocks that end in a page whose code has changed, and forgets that those of the pages `changed` cross,
+    /// which are dropped as well. True if there were any of the former.
+    fn drop_crossing(&mut self, lines: &CodeLines, changed: &[u64]) -> bool {
+        let mut ended = Vec::new();
+        self.crossing.retain(|Crossing { block, page, version }| {
+            // SAFETY: it is in its page's list, so it is alive.
+            let begins_changed = changed.contains(&(unsafe { (**block).physical } & PAGE_MASK));
+            let ends_changed = *version != lines.version(*page);
+            if ends_changed && !begins_changed {
+                ended.push(*block);
+            }
+            !begins_changed && !ends_changed
+        });
+        for block in &ended {
+            self.remove(*block);
+        }
+        !ended.is_empty()
     }
 
     /// Drops the blocks that an instruction at one of these linear addresses may stand in.
     pub fn drop_at(&mut self, addresses: &[u64]) {
+        let holds = |block: &Block| addresses.iter().any(|at| at.wrapping_sub(block.rip) < block.length.max(1));
+        // SAFETY: blocks in lists are alive.
+        self.crossing.retain(|crossing| !holds(unsafe { &*crossing.block }));
         for code in self.pages.values_mut() {
             let mut place = &raw mut code.first;
             // SAFETY: the places of a list, whose blocks are alive.
             unsafe {
                 while !(*place).is_null() {
                     let block = &mut **place;
-                    if addresses.iter().any(|at| at.wrapping_sub(block.rip) < block.length.max(1)) {
+                    if holds(block) {
                         *place = block.next_of_page;
                     } else {
                         place = &raw mut block.next_of_page;

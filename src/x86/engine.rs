@@ -7,8 +7,9 @@ use std::collections::HashSet;
 use super::block::{Block, Cache, Link, Op};
 use super::core::Core;
 use super::lazy::Lazy;
+use super::mmu::{Mmu, PAGE, PAGE_MASK};
 use super::string::CHUNK;
-use super::translate::{Workshop, translate};
+use super::translate::{Place, Workshop, is_cut, translate};
 use super::vector::Control;
 use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
 use super::{Outcome, execute_family};
@@ -125,6 +126,19 @@ fn no_jumps<const N: usize>() -> Box<[Jump; N]> {
     }
     // SAFETY: allocated for it, and zeros are jumps to nowhere.
     unsafe { Box::from_raw(first) }
+}
+
+/// Notes that a block was made of `length` bytes of a page.
+fn note_code(mmu: &mut Mmu, seen: &mut u64, physical: u64, length: u64) {
+    let lines = mmu.memory.code_lines();
+    if lines.add(physical, length.max(1)) {
+        // Our own news; another CPU's would have raised it once more.
+        *seen += u64::from(lines.generation() == *seen + 1);
+        mmu.forbid_writes(physical);
+    } else if lines.generation() != *seen {
+        // Another CPU of this memory may have found code in the page, and this one still writes there.
+        mmu.forbid_writes(physical);
+    }
 }
 
 impl Engine {
@@ -440,6 +454,37 @@ impl Engine {
         !code.is_empty() && code.chunks(64).enumerate().all(is_same)
     }
 
+    /// The page into which the instruction at a place crosses. `None`: it doesn't; the error: there is none.
+    fn rest(&mut self, rip: u64, physical: u64) -> Result<Option<u64>, ()> {
+        // Of a lent CPU, whose code others change unseen, only what lies in one page is looked at again.
+        if self.core.is_lent || !is_cut(&self.core.mmu, physical) {
+            return Ok(None);
+        }
+        let next = (rip | !PAGE_MASK).wrapping_add(1);
+        if !self.core.mmu.is_canonical(next) {
+            return Err(());
+        }
+        self.core.mmu.translate_code(next).map(Some).map_err(|_| ())
+    }
+
+    /// A known block, if what it was made from is still there.
+    fn known(&mut self, rip: u64, physical: u64, is_single: bool) -> Option<*mut Block> {
+        let block = self.cache.get(rip, physical, is_single)?;
+        // SAFETY: the cache keeps it.
+        let known = unsafe { &*block };
+        let is_there = if known.rest.is_some() {
+            self.rest(rip, physical) == Ok(known.rest)
+        } else {
+            !self.core.is_lent || self.has_code(physical, known.code())
+        };
+        if is_there {
+            return Some(block);
+        }
+        self.cache.remove(block);
+        self.core.mmu.next_generation();
+        None
+    }
+
     #[inline(never)]
     fn look_up(&mut self, is_single: bool) -> *mut Block {
         let rip = self.rip;
@@ -447,39 +492,31 @@ impl Engine {
             return std::ptr::null_mut();
         }
         let Ok(physical) = self.core.mmu.translate_code(rip) else { return std::ptr::null_mut() };
-        if let Some(block) = self.cache.get(rip, physical, is_single) {
-            // SAFETY: the cache keeps it.
-            let known = unsafe { &*block };
-            if !self.core.is_lent || self.has_code(physical, known.code()) {
-                return block;
-            }
-            self.cache.remove(block);
-            self.core.mmu.next_generation();
+        if let Some(block) = self.known(rip, physical, is_single) {
+            return block;
         }
         if self.cache.is_full() {
             self.cache.clear();
             self.core.mmu.next_generation();
         }
+        self.core.mmu.note_code_page(rip);
+        let Ok(rest) = self.rest(rip, physical) else { return std::ptr::null_mut() };
         let breakpoints = &self.breakpoints;
         let is_breakpoint = |at| breakpoints.contains(&at);
-        let workshop = &mut self.workshop;
-        let Some(mut draft) = translate(&self.core.mmu, rip, physical, is_single, workshop, is_breakpoint) else {
+        let (place, workshop) = (Place { rip, physical, rest }, &mut self.workshop);
+        let Some(mut draft) = translate(&self.core.mmu, place, is_single, workshop, is_breakpoint) else {
             return std::ptr::null_mut();
         };
         if !self.core.is_lent {
             draft.code = &[];
         }
-        let lines = self.core.mmu.memory.code_lines();
-        if lines.add(physical, draft.length.max(1)) {
-            // Our own news; another CPU's would have raised it once more.
-            self.seen_code += u64::from(lines.generation() == self.seen_code + 1);
-            self.core.mmu.forbid_writes(physical);
-        } else if lines.generation() != self.seen_code {
-            // Another CPU of this memory may have found code in the page, and this one still writes there.
-            self.core.mmu.forbid_writes(physical);
+        let length = draft.length.max(1);
+        let first = length.min(PAGE - physical % PAGE);
+        note_code(&mut self.core.mmu, &mut self.seen_code, physical, first);
+        if let Some(rest) = rest {
+            note_code(&mut self.core.mmu, &mut self.seen_code, rest, length - first);
         }
-        let lines = self.core.mmu.memory.code_lines();
-        self.cache.insert(&draft, lines)
+        self.cache.insert(&draft, self.core.mmu.memory.code_lines())
     }
 
     /// Has the host's MXCSR gather the flags of floating-point operations, until [`Engine::take_float_flags`]. False if
@@ -501,6 +538,16 @@ impl Engine {
         if let Some(host) = self.host_mxcsr.take() {
             self.core.state.core.fpu.mxcsr |= exchange_mxcsr(host) & EXCEPTION_FLAGS;
         }
+    }
+
+    /// Ends the block behind an operation whose immediate is the length of its instruction.
+    #[cold]
+    pub fn stop_after(&mut self, op: *const Op) {
+        // SAFETY: an operation of the current block, both of which are alive.
+        let (block, instruction) = unsafe { (&*self.block, &*op) };
+        self.at = op;
+        self.stop = Stop::Next;
+        self.next = block.rip.wrapping_add(instruction.at.into()).wrapping_add(i64::from(instruction.imm).cast_unsigned());
     }
 
     /// Executes an instruction of the other families in the middle of a block; false if the block must stop.

@@ -13,6 +13,8 @@ use crate::registers::{CR0_PG, CR0_WP, CR4_LA57, EFER_NXE, SystemRegisters};
 
 /// Data entries.
 pub(super) const ENTRIES: usize = 1024;
+/// Entries that another one has displaced, and that are kept all the same.
+const VICTIMS: usize = 8;
 /// Code entries.
 const CODE_ENTRIES: usize = 64;
 /// Bytes of a page.
@@ -66,6 +68,13 @@ pub(super) struct Entry {
     pub addend: u64,
     /// Guest-physical page.
     pub physical: u64,
+}
+
+impl Entry {
+    /// Whether accesses of that kind to a page may go by this entry.
+    fn allows(&self, page: u64, is_write: bool) -> bool {
+        page == if is_write { self.write } else { self.read }
+    }
 }
 
 const EMPTY: Entry = Entry { read: NONE, write: NONE, addend: 0, physical: 0 };
@@ -127,6 +136,10 @@ pub(super) struct Mmu {
     pub data: [Entry; ENTRIES],
     /// Which of them may hold a translation, a bit for each: all of them are much to go through where few are in use.
     filled: [u64; ENTRIES / 64],
+    /// What had to make room lately: two pages with the same low bits in turn (a stack and a page table that is mapped
+    /// at the end of the address space are such) would cost a walk each time.
+    victims: [Entry; VICTIMS],
+    next_victim: usize,
     code: [(u64, u64); CODE_ENTRIES],
     bounce: [u8; BOUNCE],
     /// Pages that code was looked up in since the generation changed.
@@ -158,6 +171,8 @@ impl Mmu {
         Self {
             data: [EMPTY; ENTRIES],
             filled: [0; ENTRIES / 64],
+            victims: [EMPTY; VICTIMS],
+            next_victim: 0,
             code: [(NONE, 0); CODE_ENTRIES],
             bounce: [0; BOUNCE],
             code_pages: Pages::default(),
@@ -204,6 +219,12 @@ impl Mmu {
             return self.flush();
         }
         self.data[index(address)] = EMPTY;
+        let page = address & PAGE_MASK;
+        for victim in &mut self.victims {
+            if victim.allows(page, false) || victim.allows(page, true) {
+                *victim = EMPTY;
+            }
+        }
         if self.code_pages.may_have(address) {
             self.code[code_slot(address)] = (NONE, 0);
             self.next_generation();
@@ -225,6 +246,7 @@ impl Mmu {
                 left &= left - 1;
             }
         }
+        self.victims.iter_mut().for_each(act);
     }
 
     /// Drops the write tag of a physical page, which has got code.
@@ -360,10 +382,35 @@ impl Mmu {
     pub fn translate(&mut self, address: u64, is_write: bool) -> Result<u64, u32> {
         let page = address & PAGE_MASK;
         let entry = &self.data[index(address)];
-        if page == if is_write { entry.write } else { entry.read } {
+        if entry.allows(page, is_write) {
             return Ok(entry.physical | address & !PAGE_MASK);
         }
+        if let Some(victim) = self.victims.iter().position(|entry| entry.allows(page, is_write)) {
+            return Ok(self.bring_back(victim, index(address)) | address & !PAGE_MASK);
+        }
         self.fill(address, is_write)
+    }
+
+    /// Exchanges an entry with the one that has displaced it. Returns its physical page.
+    fn bring_back(&mut self, victim: usize, index: usize) -> u64 {
+        std::mem::swap(&mut self.victims[victim], &mut self.data[index]);
+        if self.victims[victim].physical == NONE {
+            // It was lent, for one access.
+            self.victims[victim] = EMPTY;
+        }
+        self.filled[index / 64] |= 1 << (index % 64);
+        self.data[index].physical
+    }
+
+    /// Keeps the entry that another page's is about to take the place of.
+    fn displace(&mut self, index: usize, page: u64) {
+        let entry = self.data[index];
+        let is_other = |tag| tag != NONE && tag != page;
+        // One that is lent serves one access alone and has no physical page.
+        if entry.physical != NONE && (is_other(entry.read) || is_other(entry.write)) {
+            self.victims[self.next_victim] = entry;
+            self.next_victim = (self.next_victim + 1) % VICTIMS;
+        }
     }
 
     /// Walks, and keeps what it finds.
@@ -379,6 +426,7 @@ impl Mmu {
             // The write tag stands for a read too, by an instruction that does both.
             let may_write = found.writable && !self.memory.code_lines().has_code(physical) && !reads && !writes;
             let index = index(address);
+            self.displace(index, page);
             self.filled[index / 64] |= 1 << (index % 64);
             self.data[index] = Entry {
                 read: if reads { NONE } else { page },
@@ -390,11 +438,16 @@ impl Mmu {
         Ok(found.physical)
     }
 
+    /// Notes that code of this generation was looked up at an address.
+    pub fn note_code_page(&mut self, address: u64) {
+        self.code_pages.add(address);
+    }
+
     /// Guest-physical address of code.
     pub fn translate_code(&mut self, address: u64) -> Result<u64, u32> {
         let page = address & PAGE_MASK;
         let slot = code_slot(address);
-        self.code_pages.add(address);
+        self.note_code_page(address);
         if self.code[slot].0 != page {
             let found = self.walk(address, Access::Execute)?;
             self.note_size(address, found);

@@ -18,7 +18,7 @@ use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
 use super::ops::pair::First;
-use super::ops::{breakpoint, data, flow, redo, slow, string};
+use super::ops::{breakpoint, data, flow, redo, slow, string, system};
 use super::privileged::needs_machine;
 use super::vector::VectorFn;
 use super::vector_call::VectorCall;
@@ -61,22 +61,53 @@ impl Default for Workshop {
     }
 }
 
+/// Where the code of a block lies.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Linear address.
+    pub rip: u64,
+    pub physical: u64,
+    /// The page where its only instruction goes on, if it crosses into one.
+    pub rest: Option<u64>,
+}
+
+/// Whether the instruction at a place does not end in its page.
+pub(super) fn is_cut(mmu: &Mmu, physical: u64) -> bool {
+    let room = PAGE - physical % PAGE;
+    let mut bytes = [0; MAX_LENGTH];
+    if room >= MAX_LENGTH as u64 {
+        return false;
+    }
+    let length = copy(mmu, physical, room, &mut bytes);
+    let mut decoder = Decoder::new(64, &bytes[..length], DecoderOptions::NONE);
+    length > 0 && decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
+}
+
+/// Copies as many bytes of RAM, which lie in one page, as fit. Returns how many.
+fn copy(mmu: &Mmu, physical: u64, length: u64, to: &mut [u8]) -> usize {
+    let length = to.len().min(usize::try_from(length).unwrap_or(usize::MAX));
+    let Some(host) = mmu.host(physical, length as u64) else { return 0 };
+    // SAFETY: at least that many bytes of RAM, and no more than the slice has.
+    unsafe { std::ptr::copy_nonoverlapping(host, to.as_mut_ptr(), length) };
+    length
+}
+
 /// Decodes a block. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
 /// there is to raise.
 pub(super) fn translate<'a>(
     mmu: &Mmu,
-    rip: u64,
-    physical: u64,
+    place: Place,
     is_single: bool,
     workshop: &'a mut Workshop,
     is_breakpoint: impl Fn(u64) -> bool,
 ) -> Option<Draft<'a>> {
-    let most = if is_single { 1 } else { LONGEST };
-    let room = usize::try_from(PAGE - physical % PAGE).ok()?.min(WINDOW);
-    let host = mmu.host(physical, room as u64)?;
+    let Place { rip, physical, rest } = place;
+    let most = if is_single || rest.is_some() { 1 } else { LONGEST };
     let Workshop { ops, tables, bytes } = workshop;
-    // SAFETY: at least that many bytes of RAM, and no more than the array has.
-    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), room) };
+    let mut room = copy(mmu, physical, PAGE - physical % PAGE, bytes);
+    if let Some(rest) = rest {
+        room += copy(mmu, rest, PAGE, &mut bytes[room..MAX_LENGTH]);
+    }
     ops.clear();
     tables.slow.clear();
     tables.vectors.clear();
@@ -96,7 +127,7 @@ pub(super) fn translate<'a>(
     let Tables { slow, vectors, functions } = tables;
     let (tables, code) =
         (Tables { slow: &**slow, vectors: &**vectors, functions: &**functions }, &bytes[..usize::from(length)]);
-    Some(Draft { rip, physical, is_single, length: length.into(), count, ops: ops.as_slice(), tables, code })
+    Some(Draft { place, is_single, length: length.into(), count, ops: ops.as_slice(), tables, code })
 }
 
 /// The families of operations that the builder knows by the mnemonic alone. An instruction of one may still have a form
@@ -254,6 +285,9 @@ impl Builder<'_> {
         if self.branch(i, before).is_some() {
             return Made::End;
         }
+        if self.system(i).is_some() {
+            return Made::Op;
+        }
         if i.flow_control() != FlowControl::Next || needs_machine(i) || shows_machine(i) {
             self.place(self.op(redo));
             return Made::End;
@@ -366,6 +400,22 @@ impl Builder<'_> {
             .or_else(|| self.shifted(i))
             .or_else(|| self.counted(i))
             .or_else(|| self.vector(i))
+    }
+
+    /// What belongs to the machine and needs no more than the CPU's registers.
+    fn system(&mut self, i: &Instruction) -> Option<()> {
+        match i.code() {
+            Code::Cli => self.place(self.op(system::clear_interrupts)),
+            Code::Mov_r64_cr => {
+                let run = system::read_control(i.op1_register().number())?;
+                self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(run) })
+            }
+            Code::Invlpg_m => {
+                let op = Op { imm: i32::try_from(i.len()).ok()?, ..self.op(system::invalidate) };
+                self.place(with_memory(op, self.memory(i)?))
+            }
+            _ => None,
+        }
     }
 
     fn repeated(&mut self, i: &Instruction) -> Option<()> {

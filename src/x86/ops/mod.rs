@@ -19,6 +19,7 @@ pub(super) mod multiply;
 pub(super) mod pair;
 pub(super) mod shift;
 pub(super) mod string;
+pub(super) mod system;
 pub(super) mod vector;
 
 use super::block::{Block, Op};

@@ -30,8 +30,14 @@ fn randomise(random: &mut Random, state: &mut State) {
     }
 }
 
+/// A place for code: the usual one, or one before the end of a page, across which it goes on.
+fn place(random: &mut Random) -> u64 {
+    if random.below(4) == 0 { CODE + 0x1000 - random.below(24) } else { CODE }
+}
+
 fn run(code: &[u8], state: &State, data: &[u8], is_slow: bool, budget: u64) -> (CpuExit, State, Vec<u8>) {
-    let mut rig = Rig::new(code);
+    let mut rig = Rig::new(&[]);
+    rig.memory.write(state.core.registers.rip, code).unwrap();
     rig.memory.write(DATA, data).unwrap();
     rig.cpu.restore(state);
     rig.cpu.set_slow(is_slow);
@@ -44,10 +50,11 @@ fn run(code: &[u8], state: &State, data: &[u8], is_slow: bool, budget: u64) -> (
 fn check(random: &mut Random, code: &[u8], budget: u64) {
     let mut state = Rig::new(code).cpu.snapshot();
     randomise(random, &mut state);
+    state.core.registers.rip = place(random);
     let data: Vec<u8> = (0..LENGTH).map(|_| random.value() as u8).collect();
     let fast = run(code, &state, &data, false, budget);
     let slow = run(code, &state, &data, true, budget);
-    let text = || crate::x86::disassemble(code, CODE);
+    let text = || crate::x86::disassemble(code, state.core.registers.rip);
     assert_eq!(fast.1.core.registers, slow.1.core.registers, "{code:02x?} {} before {}", text(), state.core.registers);
     assert_eq!(fast.0, slow.0, "{code:02x?} {}", text());
     assert!(fast.1 == slow.1, "{code:02x?} {}: {:?} {:?}", text(), fast.1, slow.1);

@@ -4,6 +4,7 @@
 
 mod behaviour;
 mod compare;
+mod crossing;
 mod differential;
 mod forms;
 mod inventory;
