@@ -547,7 +547,8 @@ impl Engine {
         let (block, instruction) = unsafe { (&*self.block, &*op) };
         self.at = op;
         self.stop = Stop::Next;
-        self.next = block.rip.wrapping_add(instruction.at.into()).wrapping_add(i64::from(instruction.imm).cast_unsigned());
+        self.next =
+            block.rip.wrapping_add(instruction.at.into()).wrapping_add(i64::from(instruction.imm).cast_unsigned());
     }
 
     /// Executes an instruction of the other families in the middle of a block; false if the block must stop.
