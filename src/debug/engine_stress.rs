@@ -91,7 +91,7 @@ impl Stress {
                 self.engine.interrupt(StopReason::Interrupt);
             }
             let limit = Instant::now() + Duration::from_millis(random.below(3) + 1);
-            let status = self.engine.wait_for_stop(Some(limit), &mut || Ok::<(), Error>(()), &waiter().unwrap());
+            let status = self.engine.wait_for_stop(Some(limit), &mut || Ok::<(), Error>(()));
             let stop = match status.unwrap() {
                 Some(Status::Stopped(stop)) => stop,
                 _ => {

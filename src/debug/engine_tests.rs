@@ -100,7 +100,7 @@ impl World {
 
     fn status(&self, limit: Duration) -> Option<Status> {
         let deadline = Some(Instant::now() + limit);
-        self.engine.wait_for_stop(deadline, &mut || Ok::<(), Error>(()), &waiter().unwrap()).unwrap()
+        self.engine.wait_for_stop(deadline, &mut || Ok::<(), Error>(())).unwrap()
     }
 
     /// The next stop; nobody moves then.
@@ -603,7 +603,7 @@ fn test_kick_that_a_thread_misses_is_sent_again_to_whoever_waits() {
                 })
             })
             .collect();
-        let wait = || engine.wait_for_stop(None, &mut || Ok::<(), Error>(()), &waiter().unwrap()).unwrap().unwrap();
+        let wait = || engine.wait_for_stop(None, &mut || Ok::<(), Error>(())).unwrap().unwrap();
         assert!(matches!(wait(), Status::Stopped(_)));
         engine.resume(|_| Plan::Run).unwrap();
         assert!(matches!(wait(), Status::Stopped(stop) if stop.pc == 1));
