@@ -13,6 +13,7 @@
 use std::sync::OnceLock;
 
 use crate::backend::Exit;
+use crate::debug::burst::AfterHit;
 use crate::devices::pci;
 use crate::error::{Error, Result};
 use crate::hypercall::Kind;
@@ -26,20 +27,22 @@ const PORT_GAP: u64 = 2_000;
 /// The most instructions of a burst: interrupts wait for so long.
 const LONGEST: u64 = 200_000;
 /// The vector of #NM.
-const NOT_AVAILABLE: u8 = 7;
+pub(crate) const NOT_AVAILABLE: u8 = 7;
 
 /// What a vCPU keeps for bursts.
 #[derive(Default)]
 pub(crate) struct Burst {
-    cpu: Option<Box<Cpu>>,
+    pub(crate) cpu: Option<Box<Cpu>>,
     worth: Worth,
     /// Console bytes that the sink has not taken: they go before the guest does.
     text: Vec<u8>,
     /// The last burst needed the vector registers; the next one probably does.
-    uses_vectors: bool,
+    pub(crate) uses_vectors: bool,
     few: Few,
     /// How many it has executed in all.
     instructions: u64,
+    /// After hits that stop nobody.
+    pub(crate) after_hit: AfterHit,
 }
 
 /// Whether bursts pay here, by the time stamp counter.
@@ -56,9 +59,9 @@ struct Worth {
     next_pause: u64,
 }
 
-/// Whether bursts after emulated instructions are long enough.
+/// Whether bursts after emulated instructions or hits are long enough.
 #[derive(Default)]
-struct Few {
+pub(crate) struct Few {
     pause: u32,
     next_pause: u32,
 }
@@ -68,13 +71,13 @@ impl Few {
     const LEAST: u64 = 64;
     const LONGEST_PAUSE: u32 = 256;
 
-    fn may_begin(&mut self) -> bool {
+    pub(crate) fn may_begin(&mut self) -> bool {
         let may = self.pause == 0;
         self.pause = self.pause.saturating_sub(1);
         may
     }
 
-    fn note(&mut self, instructions: u64) {
+    pub(crate) fn note(&mut self, instructions: u64) {
         if instructions >= Self::LEAST {
             self.next_pause = 0;
         } else {
@@ -171,7 +174,7 @@ pub(crate) fn ticks() -> u64 {
 }
 
 /// Whether this processor means by LZCNT and TZCNT what the software CPU does; older ones take them for BSR and BSF.
-fn counts_zeros() -> bool {
+pub(crate) fn counts_zeros() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| std::is_x86_feature_detected!("lzcnt") && std::is_x86_feature_detected!("bmi1"))
 }

@@ -223,6 +223,9 @@ impl<'a> Seat<'a> {
         if flow == Flow::Continue && self.machine.has_bursts() {
             return self.burst_after(exit, time);
         }
+        if flow == Flow::Continue && self.machine.judges_in_software() {
+            return self.burst_after_hit();
+        }
         Ok(flow)
     }
 

@@ -65,6 +65,7 @@ pub struct Machine {
     coalesced: Option<Arc<dyn Coalesced>>,
     has_bursts: bool,
     is_native: bool,
+    judges_in_software: bool,
     pump: Pump,
     backend: Mutex<Option<Arc<dyn Backend>>>,
     backend_name: &'static str,
@@ -93,6 +94,12 @@ impl Machine {
     #[inline]
     pub(crate) fn is_native(&self) -> bool {
         self.is_native
+    }
+
+    /// Whether a software CPU goes on after a hit that stops nobody.
+    #[inline]
+    pub(crate) fn judges_in_software(&self) -> bool {
+        self.judges_in_software
     }
 
     /// Number of vCPUs.

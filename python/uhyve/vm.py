@@ -124,7 +124,8 @@ class Vm:
     ``aslr``
         Load a relocatable image at a random address.
     ``thp``, ``ksm``
-        Back RAM by transparent huge pages; let the host merge equal pages.
+        Back RAM by transparent huge pages, which suits guests that use much of it; without, a guest takes the pages
+        that it touches. Let the host merge equal pages.
     ``pit``, ``cpu_pm``
         Emulate an interval timer; let an idle guest keep its host CPU, which wakes it faster.
     ``affinity``

@@ -122,6 +122,11 @@ pub trait Vcpu: Send {
         let _ = (lent, state);
         Ok(())
     }
+    /// Rises whenever a register is set, an exception given or the vCPU put to sleep: whether somebody else has done so
+    /// in between. Only where it can be lent.
+    fn changes(&self) -> u64 {
+        0
+    }
     /// Frequency of the guest's time stamp counter in kHz, if known.
     fn tsc_khz(&self) -> Option<u32>;
     /// Chooses how the vCPU is debugged from the next `run` on.

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Barrier, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VcpuFd;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -15,7 +14,7 @@ use nix::sys::eventfd::EventFd;
 use super::floor::{self, CODE, MEMORY, TABLES};
 use crate::backend::Kick;
 use crate::backend::kvm::kick::KvmKick;
-use crate::backend::kvm::{failed, open_kvm};
+use crate::backend::kvm::open_kvm;
 use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory};
 use crate::stats::clock;
@@ -47,16 +46,7 @@ pub fn measure(cpus: u32, rounds: u32) -> Result<Vec<f64>> {
     }
     memory.write(CODE, &SPIN)?;
     let kvm = open_kvm()?;
-    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-    vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
-    let region = kvm_userspace_memory_region {
-        memory_size: memory.size(),
-        userspace_addr: memory.host_pointer() as u64,
-        ..Default::default()
-    };
-    // SAFETY: `memory` outlives `vm`, which this function makes and drops.
-    unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    let vm = floor::bare_vm(&kvm, &memory)?;
     let vcpus = (0..cpus).map(|n| floor::kvm_vcpu(&kvm, &vm, n)).collect::<Result<Vec<_>>>()?;
     let crowd = Crowd {
         round: Mutex::new(0),

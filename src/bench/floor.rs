@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-use crate::backend::kvm::{failed, open_kvm};
+use crate::backend::kvm::{create_vm, failed, open_kvm};
 use crate::backend::{Backend, Exit, MachineOptions, Vcpu, soft};
 use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory};
@@ -98,16 +98,7 @@ pub fn measure(backend: &str, kind: Kind, count: u64, skip: u64) -> Result<Recor
 
 fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: &mut Histogram<u32>) -> Result<()> {
     let kvm = open_kvm()?;
-    let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-    vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
-    let region = kvm_userspace_memory_region {
-        memory_size: memory.size(),
-        userspace_addr: memory.host_pointer() as u64,
-        ..Default::default()
-    };
-    // SAFETY: `memory` outlives `vm`, which this function makes and drops.
-    unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    let vm = bare_vm(&kvm, memory)?;
     let mut vcpu = kvm_vcpu(&kvm, &vm, 0)?;
     let fd = vcpu.as_raw_fd();
     let page: *const kvm_bindings::kvm_run = vcpu.get_kvm_run();
@@ -126,6 +117,21 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
         }
     }
     Ok(())
+}
+
+/// A VM with that memory, which the caller keeps longer, and nothing else but interrupt controllers.
+pub(super) fn bare_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
+    let vm = create_vm(kvm)?;
+    vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
+    let region = kvm_userspace_memory_region {
+        memory_size: memory.size(),
+        userspace_addr: memory.host_pointer() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the caller keeps `memory` longer than the VM.
+    unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+    vm.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+    Ok(vm)
 }
 
 pub(super) fn kvm_vcpu(kvm: &Kvm, vm: &VmFd, number: u32) -> Result<VcpuFd> {

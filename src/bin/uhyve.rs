@@ -70,6 +70,9 @@ fn status() -> u8 {
     {
         return run(&machine);
     }
+    if INTERRUPTED.load(Ordering::SeqCst) {
+        return EXIT_INTERRUPT;
+    }
     python(&words)
 }
 
@@ -139,8 +142,11 @@ fn is_configured() -> bool {
 
 fn start(plain: Plain) -> Result<Arc<Machine>> {
     let some = |list: Vec<String>| Some(list).filter(|l| !l.is_empty());
+    let image = Arc::new(Image::open(plain.image.as_ref())?);
+    // Not earlier, so that a file that is never read to its end can be left, and not later: the guest is about to run.
+    catch_interrupts();
     Machine::start(Config {
-        image: Arc::new(Image::open(plain.image.as_ref())?),
+        image,
         memory: plain.memory,
         cpus: plain.cpus,
         kernel_args: some(plain.kernel_args),
@@ -165,7 +171,6 @@ fn start(plain: Plain) -> Result<Arc<Machine>> {
 }
 
 fn run(machine: &Arc<Machine>) -> u8 {
-    catch_interrupts();
     let mut check =
         || if INTERRUPTED.load(Ordering::SeqCst) { Err(Error::VmState("interrupted".into())) } else { Ok(()) };
     let status = machine.wait(None, &mut check);

@@ -161,7 +161,19 @@ impl Place<'_> {
         if !aslr || !self.image.is_relocatable() || self.image.entry_version() < 4 {
             return Ok(range.start);
         }
-        Ok(range.start + random() % (room / LARGE_PAGE + 1) * LARGE_PAGE)
+        let mut address = range.start + random() % (room / LARGE_PAGE + 1) * LARGE_PAGE;
+        while address > range.start && self.ends_with_its_gib(address)? {
+            address -= LARGE_PAGE;
+        }
+        Ok(address)
+    }
+
+    /// Whether the kernel, with RAM from this address, fills its last large page of a GiB. Hermit 0.6 kernels make their
+    /// page tables in the memory behind themselves, and panic if they have no table yet that this would be mapped by.
+    fn ends_with_its_gib(&self, guest_address: u64) -> Result<bool, String> {
+        let kernel_start = self.kernel_start(guest_address)?;
+        let kernel_end = self.kernel_end(guest_address, kernel_start)?;
+        Ok(kernel_end.next_multiple_of(LARGE_PAGE).is_multiple_of(GIB))
     }
 
     /// Where memory may lie. An image that is not relocatable gets the start, so that memory covers what it can.
@@ -262,6 +274,21 @@ mod tests {
             })
             .unwrap();
             assert_eq!(last.guest_address + last.memory_size, range.end);
+        }
+    }
+
+    #[test]
+    fn test_layout_with_aslr_leaves_the_kernel_mapped_memory_behind_it() {
+        for (interface, start) in [(1, 0), (2, HIGH.start), (3, HIGH.start)] {
+            let image = image(&ElfBuilder::hermit().interface(interface).abi_tag());
+            for place in 0..2 * GIB / LARGE_PAGE {
+                let layout = Layout::plan(&image, 64 << 20, 0x1000, true, &mut || place).unwrap();
+                let wanted = start + place * LARGE_PAGE;
+                let moved = if (wanted + LARGE_PAGE).is_multiple_of(GIB) { LARGE_PAGE } else { 0 };
+                assert_eq!(layout.guest_address, wanted - moved);
+                assert!(!layout.mapped.end.is_multiple_of(GIB));
+                assert_eq!(Layout::chance_of(&image, layout.guest_address), place - moved / LARGE_PAGE);
+            }
         }
     }
 

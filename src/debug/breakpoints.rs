@@ -240,6 +240,11 @@ impl Table {
         self.sites.get(&address).map(|s| (s.kind, s.breakpoints.clone()))
     }
 
+    /// Where the sites are.
+    pub fn addresses(&self) -> Vec<u64> {
+        self.sites.keys().copied().collect()
+    }
+
     /// How the site at an address is made.
     pub fn kind_at(&self, address: u64) -> Option<SiteKind> {
         self.sites.get(&address).map(|s| s.kind)

@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod backtrace;
 pub mod breakpoints;
+pub(crate) mod burst;
 mod bus;
 pub mod catch;
 pub mod condition;

@@ -173,7 +173,11 @@ impl Seat<'_> {
     /// A vCPU met a site: ask the breakpoints there.
     pub(super) fn hit(&mut self, pc: u64) -> Result<Flow> {
         let reasons = self.decide(pc)?;
-        if reasons.is_empty() { self.leave_site() } else { self.stop_for(pc, reasons) }
+        if !reasons.is_empty() {
+            return self.stop_for(pc, reasons);
+        }
+        self.context().burst.after_hit.note_hit();
+        self.leave_site()
     }
 
     /// The decision chain of every breakpoint at `pc`; what those say that stop. All are asked.
@@ -193,7 +197,7 @@ impl Seat<'_> {
 
     /// One stop for what several breakpoints said. A callback that failed is never swallowed: the first names the
     /// stop, and each further failure is a stop of its own.
-    fn stop_for(&mut self, pc: u64, reasons: Vec<StopReason>) -> Result<Flow> {
+    pub(super) fn stop_for(&mut self, pc: u64, reasons: Vec<StopReason>) -> Result<Flow> {
         let is_failure = |reason: &StopReason| matches!(reason, StopReason::Exception { .. });
         let (failures, mut others): (Vec<_>, Vec<_>) = reasons.into_iter().partition(is_failure);
         if failures.is_empty() && !others.is_empty() {
@@ -233,6 +237,7 @@ impl Seat<'_> {
         }
         if let (Some(predicate), None) = (&condition.predicate, &failure) {
             self.settle_io()?;
+            self.bring_state_for_callable()?;
             let alive = Arc::new(AtomicBool::new(true));
             let hit = Hit {
                 machine: self.machine.clone(),

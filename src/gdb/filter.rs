@@ -105,6 +105,8 @@ pub struct Filter {
     extended: bool,
     closing: bool,
     multiprocess: bool,
+    /// The client takes errors in words.
+    reads_errors: bool,
     /// Which of `swbreak:;` and `hwbreak:;` the client understands.
     reasons: [bool; 2],
     last_stop: Option<Vec<u8>>,
@@ -133,6 +135,7 @@ impl Filter {
             extended: false,
             closing: false,
             multiprocess: false,
+            reads_errors: false,
             reasons: [false; 2],
             last_stop: None,
             general: None,
@@ -314,6 +317,18 @@ impl Filter {
             }
         }
         self.running
+    }
+
+    /// Answers the packet that is being handled with an error in words, in gdbstub's place. False: the client does not
+    /// read such.
+    pub fn refuse(&mut self, text: &str) -> bool {
+        if self.reads_errors {
+            self.asked = Asked::Nothing;
+            let is_plain = |c: &char| (' '..='~').contains(c) && !"#$}*".contains(*c);
+            let words: String = text.chars().map(|c| if is_plain(&c) { c } else { '?' }).collect();
+            self.reply(format!("E.{words}").as_bytes());
+        }
+        self.reads_errors
     }
 
     /// After gdbstub has failed: answers what it was asked, and gives the packets that bring a new one to where the old

@@ -90,7 +90,9 @@ impl<'a> Session<'a> {
             ended: None,
         };
         let outcome = session.run();
-        session.leave(outcome);
+        if !session.target.is_let_go {
+            session.leave(outcome);
+        }
         session.send();
         Left { machine: session.target.machine.clone(), outcome }
     }
@@ -99,9 +101,7 @@ impl<'a> Session<'a> {
         self.stop_world();
         self.target.refresh_threads();
         self.remember_end();
-        if let Some(Err(failure)) = self.policy.as_ref().and_then(|p| p.on_attach(&self.client.name)) {
-            self.target.failed(failure);
-        }
+        self.tell_attached();
         loop {
             while self.turn() {}
             if let Some(outcome) = self.ended {
@@ -144,7 +144,21 @@ impl<'a> Session<'a> {
         }
     }
 
+    fn tell_attached(&mut self) {
+        if let Some(Err(failure)) = self.policy.as_ref().and_then(|p| p.on_attach(&self.client.name)) {
+            self.target.failed(failure);
+        }
+    }
+
     fn packet(&mut self, bytes: &[u8]) {
+        if self.target.is_let_go {
+            if needs_process(bytes) {
+                return self.filter.outgoing(NO_PROCESS);
+            }
+            if bytes.starts_with(b"$vAttach;") {
+                self.take_up();
+            }
+        }
         let fed = self.stub.feed(&mut self.target, bytes);
         if fed == Fed::Failed {
             let packets = self.filter.recover();
@@ -158,13 +172,20 @@ impl<'a> Session<'a> {
             self.report(reason);
         }
         let output = self.stub.take_output();
-        self.filter.outgoing(&output);
+        match self.target.refusal.take() {
+            Some(text) if self.filter.refuse(&text) => {}
+            refusal => {
+                refusal.into_iter().for_each(|text| self.target.say(&text));
+                self.filter.outgoing(&output);
+            }
+        }
         match self.target.request.take() {
             Some(Request::Kill) => self.kill(),
             Some(Request::Restart(_)) => self.adopt(),
             None => {}
         }
         match fed {
+            Fed::Detached if self.filter.is_extended() => self.let_go(),
             Fed::Detached => self.ended = Some(Outcome::Detached),
             Fed::Killed => self.kill(),
             _ => {}
@@ -181,11 +202,31 @@ impl<'a> Session<'a> {
 
     /// A fresh VM has taken the place of the old one.
     fn adopt(&mut self) {
+        self.target.machine.engine.add_waiter(self.wake);
+        self.seen = 0;
+        self.control();
+    }
+
+    /// The client of extended mode detaches: the guest runs on, nobody's, and the connection stays.
+    fn let_go(&mut self) {
+        self.leave(Outcome::Detached);
+        self.target.is_let_go = true;
+        self.target.refresh_threads();
+    }
+
+    /// It attaches again.
+    fn take_up(&mut self) {
+        self.target.is_let_go = false;
+        self.control();
+        self.remember_end();
+        self.tell_attached();
+    }
+
+    /// The client controls the VM from here on, which stands still.
+    fn control(&mut self) {
         let machine = self.target.machine.clone();
-        machine.engine.add_waiter(self.wake);
         machine.set_controller(Some(self.client.name.clone()));
         machine.engine.gate_stops(self.policy.as_ref().is_some_and(|p| p.judges()));
-        self.seen = 0;
         self.stop_world();
         self.target.refresh_threads();
     }
@@ -447,6 +488,17 @@ impl<'a> Session<'a> {
             _ => {}
         }
     }
+}
+
+/// Reply: no such process (ESRCH).
+const NO_PROCESS: &[u8] = b"$E03#a8";
+
+/// Whether a packet, framed, is about a process that the client has: not one that is to be attached or run, nor what the
+/// server knows without.
+fn needs_process(packet: &[u8]) -> bool {
+    let free = ["vAttach;", "vRun;", "vFile:", "vCont?", "R", "q", "Q", "!", "?"];
+    let payload = packet.get(1..).unwrap_or_default();
+    payload.starts_with(b"QCatchSyscalls") || !free.iter().any(|start| payload.starts_with(start.as_bytes()))
 }
 
 /// What the filter asks of the session.

@@ -64,11 +64,15 @@ pub struct GdbTarget {
     threads: Vec<ThreadInfo>,
     /// Text for the client's console that waits to be sent.
     pub(super) messages: String,
+    /// Why the breakpoint of the packet that is being handled is refused.
+    pub(super) refusal: Option<String>,
     pub(super) request: Option<Request>,
     has: Extensions,
     description: String,
     files: HostFiles,
     was_run: bool,
+    /// The client has detached, and may attach or run anew: it knows of no process.
+    pub(super) is_let_go: bool,
 }
 
 impl GdbTarget {
@@ -88,11 +92,13 @@ impl GdbTarget {
             last_plan: plan,
             threads: Vec::new(),
             messages: String::new(),
+            refusal: None,
             request: None,
             has,
             description: target_description(has),
             files,
             was_run: false,
+            is_let_go: false,
         }
     }
 
@@ -120,9 +126,10 @@ impl GdbTarget {
         self.keep(failure);
     }
 
-    /// Looks at the threads anew: the one that the stop is about first. A VM that is over has none.
+    /// Looks at the threads anew: the one that the stop is about first. A VM that is over has none, nor has
+    /// one that the client has let go.
     pub(super) fn refresh_threads(&mut self) {
-        if matches!(self.machine.engine.status(), Status::Ended(_)) {
+        if self.is_let_go || matches!(self.machine.engine.status(), Status::Ended(_)) {
             self.threads.clear();
             return;
         }

@@ -78,6 +78,10 @@ impl Machine {
             }
             opened => opened?,
         };
+        if debugging {
+            // Probed once in a process, and here: by a vCPU's thread, kicks would disturb it, and rights may be gone.
+            backend.capabilities()?;
+        }
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
         enter_image(&boot::load(&image, &layout, &memory, &parameters)?, &mut vcpus)?;
@@ -100,6 +104,7 @@ impl Machine {
             coalesced: backend.coalesced(),
             has_bursts: has_bursts && backend.name() == "kvm",
             is_native,
+            judges_in_software: backend.name() == "kvm" && !is_native && !is_timed,
             pump: Pump::default(),
             contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
             backend_name: backend.name(),

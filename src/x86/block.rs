@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
+use super::arena::Arena;
 use super::core::Decoded;
 use super::engine::Engine;
 use super::mmu::PAGE_MASK;
@@ -16,6 +17,10 @@ use crate::code_lines::CodeLines;
 pub(super) const LONGEST: usize = 64;
 /// More blocks than this are not kept.
 const MOST: usize = 1 << 18;
+/// Nor more words of them and of those that were dropped.
+const MOST_WORDS: usize = 1 << 24;
+/// Chains of blocks to begin with.
+const CHAINS: usize = 1024;
 
 /// Executes an operation and all that follow it in its block. Returns the next block, or null with
 /// [`Engine::stop`] set.
@@ -53,13 +58,15 @@ pub(super) struct Link {
     pub generation: u64,
 }
 
-/// A run of instructions that is entered at its beginning.
+/// A run of instructions that is entered at its beginning. It stands in the arena of a [`Cache`], and so does all that it
+/// refers to: these pointers are valid as long as the block is.
+#[derive(Clone, Copy)]
 pub(super) struct Block {
     /// Linear address.
     pub rip: u64,
     /// Instructions.
     pub count: u64,
-    /// The first of [`Block::ops`].
+    /// The first of its operations, of which the last ends blocks.
     pub first: *const Op,
     /// The taken branch, and what follows.
     pub links: [Link; 2],
@@ -69,45 +76,51 @@ pub(super) struct Block {
     pub physical: u64,
     /// Made of one instruction, whatever follows; never linked.
     pub is_single: bool,
-    _ops: Box<[Op]>,
-    /// Instructions that operations of the slow kind execute.
-    pub slow: Box<[Decoded]>,
-    /// Calls of vector operations.
-    pub vectors: Box<[VectorCall]>,
-    /// What it was made from, if another CPU may change it unseen.
-    pub code: Box<[u8]>,
-    /// Functions that vector operations are no more than a call of.
-    pub functions: Box<[VectorFn]>,
+    /// What its operations refer to by number.
+    pub tables: Tables<*const Decoded, *const VectorCall, *const VectorFn>,
+    /// The bytes that it was made from, if another CPU may change them unseen, or null.
+    pub code: *const u8,
+    /// The next block of the same chain.
+    next: *mut Block,
+    /// The next block of the same page.
+    next_of_page: *mut Block,
 }
 
 impl Block {
-    /// A block at that address; `ops` ends with one that ends blocks.
-    pub fn new(rip: u64, physical: u64, length: u64, count: u64, ops: &[Op], tables: Tables) -> Box<Self> {
-        let ops: Box<[Op]> = ops.into();
-        let none = Link { block: std::ptr::null_mut(), generation: 0 };
-        Box::new(Self {
-            rip,
-            count,
-            first: ops.as_ptr(),
-            links: [none; 2],
-            length,
-            physical,
-            is_single: false,
-            _ops: ops,
-            slow: tables.slow.into_boxed_slice(),
-            vectors: tables.vectors.into_boxed_slice(),
-            code: Box::default(),
-            functions: tables.functions.into_boxed_slice(),
-        })
+    /// What it was made from; empty if that does not matter.
+    pub fn code(&self) -> &[u8] {
+        if self.code.is_null() {
+            return &[];
+        }
+        // SAFETY: so many bytes stand there.
+        unsafe { std::slice::from_raw_parts(self.code, usize::try_from(self.length).expect("at most a page")) }
     }
 }
 
 /// What operations refer to by number.
-#[derive(Default)]
-pub(super) struct Tables {
-    pub slow: Vec<Decoded>,
-    pub vectors: Vec<VectorCall>,
-    pub functions: Vec<VectorFn>,
+#[derive(Clone, Copy, Default)]
+pub(super) struct Tables<S, V, F> {
+    /// Instructions that operations of the slow kind execute.
+    pub slow: S,
+    /// Calls of vector operations.
+    pub vectors: V,
+    /// Functions that vector operations are no more than a call of.
+    pub functions: F,
+}
+
+/// A block in the making: what a [`Cache`] copies to where blocks stand.
+pub(super) struct Draft<'a> {
+    pub rip: u64,
+    pub physical: u64,
+    pub is_single: bool,
+    /// Bytes.
+    pub length: u64,
+    /// Instructions.
+    pub count: u64,
+    pub ops: &'a [Op],
+    pub tables: Tables<&'a [Decoded], &'a [VectorCall], &'a [VectorFn]>,
+    /// What to compare with the code before the block is used again; empty if that is not needed.
+    pub code: &'a [u8],
 }
 
 /// Hashes addresses.
@@ -136,81 +149,210 @@ impl Hasher for AddressHasher {
 
 type Hash = BuildHasherDefault<AddressHasher>;
 
-/// A block's linear and physical address, and whether it is a single instruction.
-type Key = (u64, u64, u8);
-
-fn key(rip: u64, physical: u64, is_single: bool) -> Key {
-    (rip, physical, is_single.into())
-}
-
 /// The blocks of a physical page.
 struct CodePage {
     version: u32,
-    blocks: Vec<Key>,
+    /// The first of a list.
+    first: *mut Block,
 }
 
-/// All blocks of a CPU. Pointers to them are valid until they are dropped, which happens only between blocks; whoever
-/// keeps a pointer marks it with the MMU's generation, which the caller raises when blocks were dropped.
-#[derive(Default)]
+/// All blocks of a CPU. Pointers to them are valid until all are dropped, which happens only between blocks; whoever keeps
+/// a pointer marks it with the MMU's generation, which the caller raises when any were dropped.
 pub(super) struct Cache {
-    blocks: HashMap<Key, Box<Block>, Hash>,
+    /// Blocks, those that were dropped included.
+    arena: Arena,
+    /// The first blocks of chains, by the hash of their addresses. As many as a power of two.
+    chains: Box<[*mut Block]>,
+    /// Blocks in the chains.
+    count: usize,
     pages: HashMap<u64, CodePage, Hash>,
 }
 
+impl Default for Cache {
+    fn default() -> Self {
+        let chains = Box::default();
+        Self { arena: Arena::default(), chains, count: 0, pages: HashMap::default() }
+    }
+}
+
+/// What follows a block in a list.
+type Next = fn(*mut Block) -> *mut *mut Block;
+
+/// The place of the next block of the same chain.
+fn next(block: *mut Block) -> *mut *mut Block {
+    // SAFETY: blocks in lists are alive.
+    unsafe { &raw mut (*block).next }
+}
+
+/// The place of the next block of the same page.
+fn next_of_page(block: *mut Block) -> *mut *mut Block {
+    // SAFETY: blocks in lists are alive.
+    unsafe { &raw mut (*block).next_of_page }
+}
+
+/// Takes a block out of a list.
+fn unlink(mut place: *mut *mut Block, block: *mut Block, next: Next) {
+    // SAFETY: the beginning of a list, or a place in a block of it.
+    unsafe {
+        while !(*place).is_null() {
+            if *place == block {
+                *place = *next(block);
+                return;
+            }
+            place = next(*place);
+        }
+    }
+}
+
 impl Cache {
-    /// The block at that address.
-    pub fn get(&mut self, rip: u64, physical: u64, is_single: bool) -> Option<*mut Block> {
-        self.blocks.get_mut(&key(rip, physical, is_single)).map(|block| &raw mut **block)
+    /// The chain for a linear and a physical address.
+    #[inline]
+    fn chain(&self, rip: u64, physical: u64) -> usize {
+        let mut hasher = AddressHasher::default();
+        hasher.write_u64(rip);
+        hasher.write_u64(physical);
+        // Below the number of chains, which is a size.
+        usize::try_from(hasher.finish()).unwrap_or(0) & (self.chains.len() - 1)
     }
 
-    /// Drops the block at that address.
-    pub fn remove(&mut self, rip: u64, physical: u64, is_single: bool) {
-        self.blocks.remove(&key(rip, physical, is_single));
+    /// The block at that address.
+    pub fn get(&self, rip: u64, physical: u64, is_single: bool) -> Option<*mut Block> {
+        if self.count == 0 {
+            return None;
+        }
+        let mut block = self.chains[self.chain(rip, physical)];
+        while !block.is_null() {
+            // SAFETY: blocks in chains are alive.
+            let known = unsafe { &*block };
+            if known.rip == rip && known.physical == physical && known.is_single == is_single {
+                return Some(block);
+            }
+            block = known.next;
+        }
+        None
+    }
+
+    /// Drops a block.
+    pub fn remove(&mut self, block: *mut Block) {
+        // SAFETY: the caller has it from `get`.
+        let page = unsafe { (*block).physical & PAGE_MASK };
+        self.take_out(block);
+        if let Some(code) = self.pages.get_mut(&page) {
+            unlink(&raw mut code.first, block, next_of_page);
+        }
+    }
+
+    /// Takes a block out of its chain.
+    fn take_out(&mut self, block: *mut Block) {
+        // SAFETY: it is in its chain, so it is alive.
+        let known = unsafe { &*block };
+        let chain = self.chain(known.rip, known.physical);
+        unlink(&raw mut self.chains[chain], block, next);
+        self.count -= 1;
+    }
+
+    /// Puts a block into its chain.
+    #[inline]
+    fn put_in(&mut self, block: *mut Block) {
+        // SAFETY: a block that has just been made, or was in a chain.
+        let made = unsafe { &mut *block };
+        let chain = self.chain(made.rip, made.physical);
+        made.next = std::mem::replace(&mut self.chains[chain], block);
+        self.count += 1;
     }
 
     /// Keeps a block.
-    pub fn insert(&mut self, block: Box<Block>, lines: &CodeLines) -> *mut Block {
-        let key = key(block.rip, block.physical, block.is_single);
-        let page = block.physical & PAGE_MASK;
-        let version = lines.version(page);
-        self.pages.entry(page).or_insert_with(|| CodePage { version, blocks: Vec::new() }).blocks.push(key);
-        let place = self.blocks.entry(key).insert_entry(block);
-        &raw mut **place.into_mut()
+    pub fn insert(&mut self, draft: &Draft, lines: &CodeLines) -> *mut Block {
+        // Most questions are about blocks that are not there yet: chains are short, so that few others are looked at.
+        if 2 * self.count >= self.chains.len() {
+            self.chain_anew((4 * self.chains.len()).max(CHAINS));
+        }
+        let Draft { rip, physical, is_single, length, count, ops, tables, code } = *draft;
+        let none = Link { block: std::ptr::null_mut(), generation: 0 };
+        let arena = &mut self.arena;
+        let block = Block {
+            rip,
+            count,
+            first: arena.keep(ops),
+            links: [none; 2],
+            length,
+            physical,
+            is_single,
+            tables: Tables {
+                slow: arena.keep(tables.slow),
+                vectors: arena.keep(tables.vectors),
+                functions: arena.keep(tables.functions),
+            },
+            code: if code.is_empty() { std::ptr::null() } else { arena.keep(code) },
+            next: std::ptr::null_mut(),
+            next_of_page: std::ptr::null_mut(),
+        };
+        let block = self.arena.keep(&[block]);
+        self.put_in(block);
+        let page = physical & PAGE_MASK;
+        let of_page = || CodePage { version: lines.version(page), first: std::ptr::null_mut() };
+        let code_page = self.pages.entry(page).or_insert_with(of_page);
+        // SAFETY: the block was made just now.
+        unsafe { (*block).next_of_page = std::mem::replace(&mut code_page.first, block) };
+        block
+    }
+
+    /// Makes new chains of all blocks of the pages.
+    #[cold]
+    fn chain_anew(&mut self, chains: usize) {
+        self.chains = vec![std::ptr::null_mut(); chains].into_boxed_slice();
+        self.count = 0;
+        let firsts: Vec<*mut Block> = self.pages.values().map(|code| code.first).collect();
+        for mut block in firsts {
+            while !block.is_null() {
+                self.put_in(block);
+                // SAFETY: blocks in lists are alive.
+                block = unsafe { (*block).next_of_page };
+            }
+        }
     }
 
     /// Whether so many blocks are kept that they had better all go.
     pub fn is_full(&self) -> bool {
-        self.blocks.len() >= MOST
+        self.count >= MOST || self.arena.words() >= MOST_WORDS
     }
 
     /// Drops all.
     pub fn clear(&mut self) {
-        self.blocks.clear();
-        self.pages.clear();
+        *self = Self::default();
     }
 
     /// Drops the blocks of pages whose code has changed; true if there were any.
     pub fn drop_changed(&mut self, lines: &CodeLines) -> bool {
-        let before = self.pages.len();
-        let blocks = &mut self.blocks;
-        self.pages.retain(|page, code| {
-            let is_current = code.version == lines.version(*page);
-            if !is_current {
-                for key in &code.blocks {
-                    blocks.remove(key);
-                }
+        let is_changed = |(page, code): (&u64, &CodePage)| (code.version != lines.version(*page)).then_some(*page);
+        let changed: Vec<u64> = self.pages.iter().filter_map(is_changed).collect();
+        for page in &changed {
+            let mut block = self.pages.remove(page).map_or(std::ptr::null_mut(), |code| code.first);
+            while !block.is_null() {
+                self.take_out(block);
+                // SAFETY: it was in the page's list, so it is alive until the arena is cleared.
+                block = unsafe { (*block).next_of_page };
             }
-            is_current
-        });
-        self.pages.len() != before
+        }
+        !changed.is_empty()
     }
 
     /// Drops the blocks that an instruction at one of these linear addresses may stand in.
     pub fn drop_at(&mut self, addresses: &[u64]) {
-        self.blocks.retain(|_, block| !addresses.iter().any(|at| at.wrapping_sub(block.rip) < block.length.max(1)));
-        let blocks = &self.blocks;
         for code in self.pages.values_mut() {
-            code.blocks.retain(|key| blocks.contains_key(key));
+            let mut place = &raw mut code.first;
+            // SAFETY: the places of a list, whose blocks are alive.
+            unsafe {
+                while !(*place).is_null() {
+                    let block = &mut **place;
+                    if addresses.iter().any(|at| at.wrapping_sub(block.rip) < block.length.max(1)) {
+                        *place = block.next_of_page;
+                    } else {
+                        place = &raw mut block.next_of_page;
+                    }
+                }
+            }
         }
+        self.chain_anew(self.chains.len().max(CHAINS));
     }
 }

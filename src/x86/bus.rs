@@ -204,6 +204,10 @@ impl Bus for CoreBus<'_> {
         let [(physical, length), (_, rest)] = self.translate(address, size, true)?;
         let host = self.mmu.host(physical, size as u64).filter(|_| rest == 0 && physical.is_multiple_of(size as u64));
         let Some(host) = host else {
+            if self.outside.is_none() {
+                // A lent CPU's memory may be used by others at the same time.
+                return Err(BusError::NotRam);
+            }
             // A lock across cache lines, or on a device: one access after the other, as one thread runs all CPUs.
             let mut old = [0; 16];
             self.read(address, &mut old[..size])?;

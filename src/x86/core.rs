@@ -78,6 +78,11 @@ impl Core {
         self.mmu.set_mode(Mode::new(&self.state.core.system, self.state.core.registers.rflags));
     }
 
+    /// The same, and that all translations are to be made anew.
+    pub fn mode_renewed(&mut self) {
+        self.mmu.set_mode_anew(Mode::new(&self.state.core.system, self.state.core.registers.rflags));
+    }
+
     /// Whether code is of 64-bit mode.
     pub fn is_in_long_mode(&self) -> bool {
         self.state.core.system.cs.attributes & segment_attributes::L != 0
@@ -109,8 +114,13 @@ impl Core {
             return Err(Fault::plain(6));
         }
         let mut code = [0; MAX_LENGTH];
-        let page_fault = |address, code| Fault { vector: 14, error_code: Some(code), address: Some(address) };
         let available = fetch(&mut self.mmu, rip, &mut code).map_err(|code| page_fault(rip, code))?;
+        self.decode_bytes(code, available)
+    }
+
+    /// Decodes the instruction at RIP, of whose code so many bytes could be fetched.
+    pub fn decode_bytes(&mut self, code: [u8; MAX_LENGTH], available: usize) -> Result<Decoded, Fault> {
+        let rip = self.state.core.registers.rip;
         let slot = usize::try_from(rip % DECODED as u64).expect("a small number");
         if let Some(known) = &self.decoded[slot]
             && known.instruction.ip() == rip
@@ -329,6 +339,10 @@ pub(super) fn shows_machine(instruction: &Instruction) -> bool {
     matches!(mnemonic, M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdrand | M::Rdseed | M::Xgetbv | M::Wrfsbase | M::Wrgsbase)
         || matches!(mnemonic, M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64)
         || matches!(mnemonic, M::Xsaves | M::Xsaves64 | M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64)
+}
+
+fn page_fault(address: u64, code: u32) -> Fault {
+    Fault { vector: 14, error_code: Some(code), address: Some(address) }
 }
 
 /// INS and OUTS retire element by element.

@@ -6,11 +6,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::MAX_LENGTH;
 use super::core::{Slow, write_exit};
 use super::engine::{Engine, Stop};
 use super::hooks::{DebugOptions, Hooks};
 use super::mmu::Watched;
-use super::platform::Platform;
+use super::platform::{Nothing, Platform};
 use super::state::{DeviceAccess, Fault, State};
 use crate::backend::DataAccess;
 use crate::memory::GuestMemory;
@@ -360,6 +361,25 @@ impl Cpu {
         self.left_over()
     }
 
+    /// Executes the instruction that `code` starts with as if it stood at RIP, where a debugger's byte covers it in
+    /// memory, on a CPU that is lent. `None`: it has retired, or one part of a repeated instruction that stays at RIP.
+    pub fn execute_covered(&mut self, code: &[u8]) -> Option<CpuExit> {
+        self.engine.settle();
+        let mut bytes = [0; MAX_LENGTH];
+        let available = code.len().min(MAX_LENGTH);
+        bytes[..available].copy_from_slice(&code[..available]);
+        let core = &mut self.engine.core;
+        let decoded = match core.decode_bytes(bytes, available) {
+            Ok(decoded) => decoded,
+            Err(fault) => return Some(CpuExit::Foreign(Some(fault))),
+        };
+        match core.slow_execute(&decoded, &mut Nothing) {
+            Slow::Retired => core.exit.take(),
+            Slow::Delivered => self.stepped(),
+            Slow::Exit(exit) => Some(exit),
+        }
+    }
+
     fn stepped(&self) -> Option<CpuExit> {
         self.debug.single_step.then_some(CpuExit::SingleStep)
     }
@@ -552,8 +572,7 @@ impl Cpu {
     pub fn restore(&mut self, state: &State) {
         self.engine.settle();
         self.engine.core.state = *state;
-        self.engine.core.mode_changed();
-        self.engine.core.mmu.flush();
+        self.engine.core.mode_renewed();
         self.update_watchpoints();
         self.after = None;
         if let Some(access) = state.pending_read {

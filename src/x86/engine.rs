@@ -7,9 +7,8 @@ use std::collections::HashSet;
 use super::block::{Block, Cache, Link, Op};
 use super::core::Core;
 use super::lazy::Lazy;
-use super::notes::Ops;
 use super::string::CHUNK;
-use super::translate::translate;
+use super::translate::{Workshop, translate};
 use super::vector::Control;
 use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
 use super::{Outcome, execute_family};
@@ -51,15 +50,13 @@ pub(super) enum Stop {
     Breakpoint,
 }
 
-/// Where an indirect jump went before.
+/// Where an indirect jump went before. Of zeros alone, it is nowhere: generations begin with 1.
 #[derive(Clone, Copy)]
 pub(super) struct Jump {
     pub rip: u64,
     pub generation: u64,
     pub block: *mut Block,
 }
-
-const NO_JUMP: Jump = Jump { rip: 0, generation: 0, block: std::ptr::null_mut() };
 
 /// A CPU with the registers that fast operations work on.
 #[repr(C)]
@@ -94,7 +91,7 @@ pub(super) struct Engine {
     /// The state is in [`Engine::regs`] and [`Engine::flags`].
     is_loaded: bool,
     /// Where blocks are made.
-    ops: Ops,
+    workshop: Workshop,
     breakpoints: HashSet<u64>,
     seen_code: u64,
 }
@@ -117,8 +114,17 @@ fn exchange_mxcsr(new: u32) -> u32 {
 // SAFETY: the pointers are into blocks that the engine owns itself.
 unsafe impl Send for Engine {}
 
-fn boxed<const N: usize>() -> Box<[Jump; N]> {
-    vec![NO_JUMP; N].into_boxed_slice().try_into().map_err(|_| ()).expect("the length is N")
+/// A cache without jumps, in memory that the host need not give before it is used: a CPU for a few instructions touches
+/// little of it.
+fn no_jumps<const N: usize>() -> Box<[Jump; N]> {
+    let layout = std::alloc::Layout::new::<[Jump; N]>();
+    // SAFETY: the layout is not empty.
+    let first = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<[Jump; N]>();
+    if first.is_null() {
+        std::alloc::handle_alloc_error(layout);
+    }
+    // SAFETY: allocated for it, and zeros are jumps to nowhere.
+    unsafe { Box::from_raw(first) }
 }
 
 impl Engine {
@@ -138,11 +144,11 @@ impl Engine {
             vector_target: 0,
             host_mxcsr: None,
             core: Core::new(memory),
-            jumps: boxed(),
-            singles: boxed(),
+            jumps: no_jumps(),
+            singles: no_jumps(),
             cache: Cache::default(),
             is_loaded: false,
-            ops: Ops::default(),
+            workshop: Workshop::default(),
             breakpoints: HashSet::new(),
             seen_code: memory.code_lines().generation(),
         }
@@ -434,16 +440,6 @@ impl Engine {
         !code.is_empty() && code.chunks(64).enumerate().all(is_same)
     }
 
-    /// The bytes of code at a place in RAM.
-    fn code(&self, physical: u64, length: u64) -> Box<[u8]> {
-        let mut bytes = vec![0; usize::try_from(length).expect("at most a page")];
-        if let Some(host) = self.core.mmu.host(physical, length) {
-            // SAFETY: RAM of that length, which nobody refers to.
-            unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
-        }
-        bytes.into()
-    }
-
     #[inline(never)]
     fn look_up(&mut self, is_single: bool) -> *mut Block {
         let rip = self.rip;
@@ -454,10 +450,10 @@ impl Engine {
         if let Some(block) = self.cache.get(rip, physical, is_single) {
             // SAFETY: the cache keeps it.
             let known = unsafe { &*block };
-            if !self.core.is_lent || self.has_code(physical, &known.code) {
+            if !self.core.is_lent || self.has_code(physical, known.code()) {
                 return block;
             }
-            self.cache.remove(rip, physical, is_single);
+            self.cache.remove(block);
             self.core.mmu.next_generation();
         }
         if self.cache.is_full() {
@@ -466,21 +462,24 @@ impl Engine {
         }
         let breakpoints = &self.breakpoints;
         let is_breakpoint = |at| breakpoints.contains(&at);
-        let Some(mut block) = translate(&self.core.mmu, rip, physical, is_single, &mut self.ops, is_breakpoint) else {
+        let workshop = &mut self.workshop;
+        let Some(mut draft) = translate(&self.core.mmu, rip, physical, is_single, workshop, is_breakpoint) else {
             return std::ptr::null_mut();
         };
-        block.is_single = is_single;
-        if self.core.is_lent {
-            block.code = self.code(physical, block.length);
+        if !self.core.is_lent {
+            draft.code = &[];
         }
         let lines = self.core.mmu.memory.code_lines();
-        if lines.add(physical, block.length.max(1)) {
-            // Our own news; nobody else's is missed, as only one thread at a time runs CPUs of this memory.
+        if lines.add(physical, draft.length.max(1)) {
+            // Our own news; another CPU's would have raised it once more.
             self.seen_code += u64::from(lines.generation() == self.seen_code + 1);
+            self.core.mmu.forbid_writes(physical);
+        } else if lines.generation() != self.seen_code {
+            // Another CPU of this memory may have found code in the page, and this one still writes there.
             self.core.mmu.forbid_writes(physical);
         }
         let lines = self.core.mmu.memory.code_lines();
-        self.cache.insert(block, lines)
+        self.cache.insert(&draft, lines)
     }
 
     /// Has the host's MXCSR gather the flags of floating-point operations, until [`Engine::take_float_flags`]. False if
@@ -507,9 +506,11 @@ impl Engine {
     /// Executes an instruction of the other families in the middle of a block; false if the block must stop.
     #[inline(never)]
     pub fn slow(&mut self, op: *const Op) -> bool {
-        // SAFETY: the operation is of the current block, and its immediate a number of that block's table.
-        let (block, op) = unsafe { (&*self.block, &*op) };
-        let decoded = &block.slow[usize::try_from(op.imm).expect("a small number")];
+        // SAFETY: the operation is of the current block, which is alive, and its immediate a number of that block's table.
+        let (op, decoded) = unsafe {
+            let op = &*op;
+            (op, &*(*self.block).tables.slow.add(usize::try_from(op.imm).expect("a small number")))
+        };
         if self.core.is_stepped && decoded.instruction.has_rep_prefix() | decoded.instruction.has_repne_prefix() {
             // One iteration at a time, which is the slow executor's.
             (self.at, self.stop) = (op, Stop::Redo);

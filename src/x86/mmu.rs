@@ -125,6 +125,8 @@ unsafe impl Send for Mmu {}
 pub(super) struct Mmu {
     /// Data translations, by the low bits of the page number.
     pub data: [Entry; ENTRIES],
+    /// Which of them may hold a translation, a bit for each: all of them are much to go through where few are in use.
+    filled: [u64; ENTRIES / 64],
     code: [(u64, u64); CODE_ENTRIES],
     bounce: [u8; BOUNCE],
     /// Pages that code was looked up in since the generation changed.
@@ -155,6 +157,7 @@ impl Mmu {
         let _ = memory.code_lines();
         Self {
             data: [EMPTY; ENTRIES],
+            filled: [0; ENTRIES / 64],
             code: [(NONE, 0); CODE_ENTRIES],
             bounce: [0; BOUNCE],
             code_pages: Pages::default(),
@@ -170,6 +173,12 @@ impl Mmu {
             watched: None,
             is_traced: false,
         }
+    }
+
+    /// Takes note of registers and drops all translations, whatever they were.
+    pub fn set_mode_anew(&mut self, mode: Mode) {
+        self.mode = mode;
+        self.flush();
     }
 
     /// Takes note of registers that may have changed, and drops what depended on others.
@@ -203,15 +212,29 @@ impl Mmu {
 
     /// Drops data translations: a page has got code, or watchpoints have changed.
     pub fn flush_data(&mut self) {
-        self.data = [EMPTY; ENTRIES];
+        self.for_filled(|entry| *entry = EMPTY);
+        self.filled = [0; ENTRIES / 64];
+    }
+
+    /// Does something with every entry that may hold a translation.
+    fn for_filled(&mut self, act: impl Fn(&mut Entry)) {
+        for (entries, bits) in self.data.chunks_exact_mut(64).zip(self.filled) {
+            let mut left = bits;
+            while left != 0 {
+                act(&mut entries[left.trailing_zeros() as usize]);
+                left &= left - 1;
+            }
+        }
     }
 
     /// Drops the write tag of a physical page, which has got code.
     pub fn forbid_writes(&mut self, physical: u64) {
         let page = physical & PAGE_MASK;
-        for entry in self.data.iter_mut().filter(|entry| entry.physical == page) {
-            entry.write = NONE;
-        }
+        self.for_filled(|entry| {
+            if entry.physical == page {
+                entry.write = NONE;
+            }
+        });
     }
 
     /// Notes that a translation is about to be cached.
@@ -355,7 +378,9 @@ impl Mmu {
             let (reads, writes) = (watched(WatchKind::Write), watched(WatchKind::Read));
             // The write tag stands for a read too, by an instruction that does both.
             let may_write = found.writable && !self.memory.code_lines().has_code(physical) && !reads && !writes;
-            self.data[index(address)] = Entry {
+            let index = index(address);
+            self.filled[index / 64] |= 1 << (index % 64);
+            self.data[index] = Entry {
                 read: if reads { NONE } else { page },
                 write: if may_write { page } else { NONE },
                 addend: (host as u64).wrapping_sub(page),

@@ -4,6 +4,7 @@
 //! host's own CPU, so that rounding, NaNs and exception flags are the hardware's. Only 64-bit mode is known.
 
 mod accesses;
+mod arena;
 mod avx_lane;
 mod avx_masked;
 mod avx_table;

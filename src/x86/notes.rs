@@ -2,6 +2,7 @@
 //! whose flags nobody reads compute none, and a copy between registers is joined with the operation that changes it.
 
 use super::block::{Handler, LONGEST, Op};
+use super::ops::pair::{First, Second, pair};
 
 /// What an operation reads and leaves. The default holds for all: it may stop, so that all before it must be done.
 #[derive(Clone, Copy, Default)]
@@ -18,11 +19,16 @@ pub(super) struct Note {
     pub reads: u32,
     /// Those that it writes.
     pub writes: u32,
-    /// A pure operation that copies r2 to r1, of so many bytes.
-    pub copies: Option<usize>,
-    /// A function, and one without flags, for the operation of so many bytes with its first operand in `base` instead
-    /// of r1.
-    pub apart: Option<(usize, Handler, Handler)>,
+    /// A pure operation that copies r2 to r1.
+    pub copies: bool,
+    /// A function, and one without flags, for the operation with its first operand in `base` instead of r1.
+    pub apart: Option<(Handler, Handler)>,
+    /// Bytes of the operands of an operation that copies, has its first operand apart, or may be one of a pair.
+    pub size: u8,
+    /// It may be the first of a pair: it sets r1, and its flags are of no use to the second one.
+    pub first: Option<First>,
+    /// It may be the second: it changes r1 by r2.
+    pub second: Option<Second>,
 }
 
 /// The bit of the register that a byte offset lies in.
@@ -75,8 +81,8 @@ impl Ops {
     #[inline(always)]
     pub fn nothing_known(&mut self) {
         let note = &mut self.notes[self.list.len()];
-        (note.quiet, note.copies, note.apart) = (None, None, None);
-        (note.sets_flags, note.is_pure, note.reads_flags) = (false, false, false);
+        (note.quiet, note.apart, note.first, note.second) = (None, None, None, None);
+        (note.sets_flags, note.is_pure, note.reads_flags, note.copies) = (false, false, false, false);
         (note.reads, note.writes) = (0, 0);
     }
 
@@ -100,11 +106,11 @@ impl Ops {
     }
 
     fn join_at(&mut self, last: usize) -> bool {
-        let Some((size, loud, quiet)) = self.notes[last].apart else { return false };
-        let Some(at) = self.find_copy(last, size) else { return false };
+        let Some((loud, quiet)) = self.notes[last].apart else { return false };
+        let Some(at) = self.find_copy(last) else { return false };
         let copied = self.list[at].r2;
         let (op, note) = (&mut self.list[last], &mut self.notes[last]);
-        (op.run, note.quiet) = (loud, Some(quiet));
+        (op.run, note.quiet, note.apart, note.second) = (loud, Some(quiet), None, None);
         op.base = copied;
         // The second operand is what the copy would have made.
         if op.r2 == op.r1 {
@@ -117,15 +123,15 @@ impl Ops {
     }
 
     /// The copy to the last operation's first register that may as well happen then: nobody has looked at it, nor changed what it copies.
-    fn find_copy(&self, last: usize, size: usize) -> Option<usize> {
-        let register = self.list[last].r1;
+    fn find_copy(&self, last: usize) -> Option<usize> {
+        let (register, size) = (self.list[last].r1, self.notes[last].size);
         let (mut reads, mut writes) = (0, 0);
         for at in (last.saturating_sub(REACH)..last).rev() {
             let (op, note) = (&self.list[at], &self.notes[at]);
             if !note.is_pure {
                 return None;
             }
-            if note.copies == Some(size) && op.r1 == register {
+            if note.copies && note.size == size && op.r1 == register {
                 let is_free = (reads | writes) & bit(register) == 0 && writes & bit(op.r2) == 0 && op.r2 != register;
                 return is_free.then_some(at);
             }
@@ -133,6 +139,33 @@ impl Ops {
             writes |= note.writes;
         }
         None
+    }
+
+    /// Makes a pair of the last two operations, if they are one. True if they were.
+    #[inline]
+    pub fn pair(&mut self) -> bool {
+        let Some(last) = self.list.len().checked_sub(1).filter(|last| *last > 0) else { return false };
+        let (before, note) = (&self.notes[last - 1], &self.notes[last]);
+        match (before.first, note.second) {
+            (Some(first), Some(second)) if before.size == note.size => {
+                self.pair_at(last, pair(first, second, note.size))
+            }
+            _ => false,
+        }
+    }
+
+    fn pair_at(&mut self, last: usize, (loud, quiet): (Handler, Handler)) -> bool {
+        let (first, second) = (self.list[last - 1], self.list[last]);
+        if second.r2 != first.r1 || second.r1 == first.r1 {
+            return false;
+        }
+        // What is read and written is what both do together: none of it can stop.
+        let (reads, writes) = (self.notes[last - 1].reads | self.notes[last].reads, bit(first.r1) | bit(second.r1));
+        let Op { number, at, r1, r2, .. } = second;
+        self.list[last - 1] = Op { run: loud, r1, r2, number, at, ..first };
+        self.list.pop();
+        self.notes[last - 1] = Note { quiet: Some(quiet), sets_flags: true, ..Note::pure(reads, writes) };
+        true
     }
 
     /// Lets operations compute no flags that are overwritten before anybody may look.

@@ -46,19 +46,42 @@ pub(super) struct Slot {
 }
 
 /// Where a general register lives; `None` for any other register.
+#[inline]
 pub(super) fn slot(register: Register) -> Option<Slot> {
-    let n = register as usize;
-    let from = |first: Register| n - first as usize;
-    let (index, shift, size) = match register {
-        r if r >= Register::RAX && r <= Register::R15 => (from(Register::RAX), 0, 8),
-        r if r >= Register::EAX && r <= Register::R15D => (from(Register::EAX), 0, 4),
-        r if r >= Register::AX && r <= Register::R15W => (from(Register::AX), 0, 2),
-        r if r >= Register::AL && r <= Register::BL => (from(Register::AL), 0, 1),
-        r if r >= Register::AH && r <= Register::BH => (from(Register::AH), 8, 1),
-        r if r >= Register::SPL && r <= Register::R15L => (from(Register::SPL) + 4, 0, 1),
-        _ => return None,
+    SLOTS.get(register as usize).copied().flatten()
+}
+
+/// The answers of [`slot`], by number: the builder of blocks asks for every operand.
+static SLOTS: [Option<Slot>; Register::R15 as usize + 1] = {
+    let mut slots = [None; Register::R15 as usize + 1];
+    let mut n = 0;
+    while n < slots.len() {
+        slots[n] = find_slot(n);
+        n += 1;
+    }
+    slots
+};
+
+/// The place of the register with that number: each size's registers follow one another.
+const fn find_slot(n: usize) -> Option<Slot> {
+    use Register as R;
+    let (first, last, index, shift, size) = if n >= R::RAX as usize {
+        (R::RAX, R::R15, 0, 0, 8)
+    } else if n >= R::EAX as usize {
+        (R::EAX, R::R15D, 0, 0, 4)
+    } else if n >= R::AX as usize {
+        (R::AX, R::R15W, 0, 0, 2)
+    } else if n >= R::SPL as usize {
+        (R::SPL, R::R15L, 4, 0, 1)
+    } else if n >= R::AH as usize {
+        (R::AH, R::BH, 0, 8, 1)
+    } else {
+        (R::AL, R::BL, 0, 0, 1)
     };
-    Some(Slot { index, shift, size })
+    if n < first as usize || n > last as usize {
+        return None;
+    }
+    Some(Slot { index: index + n - first as usize, shift, size })
 }
 
 /// The little-endian value of up to 8 bytes.

@@ -9,7 +9,7 @@ use iced_x86::{
 };
 
 use super::MAX_LENGTH;
-use super::block::{Block, Handler, LONGEST, Op, Tables};
+use super::block::{Draft, Handler, LONGEST, Op, Tables};
 use super::core::{Decoded, shows_machine};
 use super::engine::{FS, GS, START, ZERO};
 use super::mmu::{Mmu, PAGE};
@@ -17,8 +17,11 @@ use super::notes::{Note, Ops, bit as of};
 use super::operand::slot;
 use super::ops::alu::{self, Form, Joined};
 use super::ops::locked::{Kind, locked};
+use super::ops::pair::First;
 use super::ops::{breakpoint, data, flow, redo, slow, string};
 use super::privileged::needs_machine;
+use super::vector::VectorFn;
+use super::vector_call::VectorCall;
 use crate::registers::{RAX, RDX};
 
 /// The most bytes of a block. A longer one would be rare, and all of them are copied first.
@@ -44,24 +47,41 @@ struct Memory {
     is_indexed: bool,
 }
 
-/// Decodes a block, with `ops` as the place to make its operations in. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
+/// Where blocks are made, one after the other.
+pub(super) struct Workshop {
+    ops: Ops,
+    tables: Tables<Vec<Decoded>, Vec<VectorCall>, Vec<VectorFn>>,
+    /// The code, as it was when the block was made.
+    bytes: [u8; WINDOW],
+}
+
+impl Default for Workshop {
+    fn default() -> Self {
+        Self { ops: Ops::default(), tables: Tables::default(), bytes: [0; WINDOW] }
+    }
+}
+
+/// Decodes a block. `None` if there is no code in RAM, or none that is decodable: the slow executor then raises what
 /// there is to raise.
-pub(super) fn translate(
+pub(super) fn translate<'a>(
     mmu: &Mmu,
     rip: u64,
     physical: u64,
     is_single: bool,
-    ops: &mut Ops,
+    workshop: &'a mut Workshop,
     is_breakpoint: impl Fn(u64) -> bool,
-) -> Option<Box<Block>> {
+) -> Option<Draft<'a>> {
     let most = if is_single { 1 } else { LONGEST };
     let room = usize::try_from(PAGE - physical % PAGE).ok()?.min(WINDOW);
     let host = mmu.host(physical, room as u64)?;
-    let mut bytes = [0; WINDOW];
+    let Workshop { ops, tables, bytes } = workshop;
     // SAFETY: at least that many bytes of RAM, and no more than the array has.
     unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), room) };
     ops.clear();
-    let mut builder = Builder { rip, ops, tables: Tables::default(), offset: 0, number: 0, before: None };
+    tables.slow.clear();
+    tables.vectors.clear();
+    tables.functions.clear();
+    let mut builder = Builder { rip, ops, tables, offset: 0, number: 0, before: None };
     let ended = builder.fill(&bytes[..room], most, |at| !is_single && is_breakpoint(at));
     if builder.ops.as_slice().is_empty() && builder.number == 0 {
         return None;
@@ -72,14 +92,64 @@ pub(super) fn translate(
         builder.ops.push(op);
     }
     builder.ops.drop_dead_flags();
-    let (length, count) = (builder.offset.into(), builder.number.into());
-    Some(Block::new(rip, physical, length, count, builder.ops.as_slice(), builder.tables))
+    let (length, count) = (builder.offset, builder.number.into());
+    let Tables { slow, vectors, functions } = tables;
+    let (tables, code) =
+        (Tables { slow: &**slow, vectors: &**vectors, functions: &**functions }, &bytes[..usize::from(length)]);
+    Some(Draft { rip, physical, is_single, length: length.into(), count, ops: ops.as_slice(), tables, code })
 }
+
+/// The families of operations that the builder knows by the mnemonic alone. An instruction of one may still have a form
+/// that the family has no operation for.
+#[derive(Clone, Copy)]
+enum Family {
+    Other,
+    Branch,
+    Arithmetic,
+    Data,
+    Stack,
+    Shift,
+    Count,
+    Vector,
+}
+
+/// Families by mnemonic.
+static FAMILIES: [Family; 2048] = {
+    use Mnemonic as M;
+    let members: [(Family, &[Mnemonic]); 11] = [
+        (Family::Branch, &[M::Jmp, M::Call, M::Ret, M::Jo, M::Jno, M::Jb, M::Jae, M::Je, M::Jne, M::Jbe, M::Ja]),
+        (Family::Branch, &[M::Js, M::Jns, M::Jp, M::Jnp, M::Jl, M::Jge, M::Jle, M::Jg]),
+        (Family::Arithmetic, &[M::Add, M::Adc, M::Sub, M::Sbb, M::Cmp, M::And, M::Or, M::Xor, M::Test]),
+        (Family::Arithmetic, &[M::Inc, M::Dec, M::Neg, M::Not]),
+        (Family::Data, &[M::Mov, M::Movzx, M::Movsx, M::Movsxd, M::Lea, M::Cdqe, M::Cwde, M::Cdq, M::Cqo]),
+        (
+            Family::Data,
+            &[M::Sete, M::Setne, M::Setb, M::Setae, M::Seta, M::Setbe, M::Setl, M::Setg, M::Setle, M::Setge],
+        ),
+        (Family::Data, &[M::Cmove, M::Cmovne, M::Cmovb, M::Cmovae, M::Cmova, M::Cmovbe, M::Cmovs, M::Cmovns]),
+        (Family::Stack, &[M::Push, M::Pop, M::Leave]),
+        (Family::Shift, &[M::Shl, M::Shr, M::Sar, M::Rol, M::Ror]),
+        (Family::Count, &[M::Imul, M::Mul, M::Div, M::Idiv, M::Bswap, M::Bt]),
+        (Family::Vector, &[M::Movaps, M::Movups, M::Movdqa, M::Movdqu, M::Movd, M::Movq, M::Pxor, M::Xorps]),
+    ];
+    let mut families = [Family::Other; 2048];
+    let mut list = 0;
+    while list < members.len() {
+        let (family, mnemonics) = members[list];
+        let mut n = 0;
+        while n < mnemonics.len() {
+            families[mnemonics[n] as usize] = family;
+            n += 1;
+        }
+        list += 1;
+    }
+    families
+};
 
 struct Builder<'a> {
     rip: u64,
     ops: &'a mut Ops,
-    tables: Tables,
+    tables: &'a mut Tables<Vec<Decoded>, Vec<VectorCall>, Vec<VectorFn>>,
     /// Bytes so far.
     offset: u16,
     /// Instructions so far.
@@ -117,6 +187,7 @@ impl Builder<'_> {
                     if self.ops.join() {
                         self.before = None;
                     }
+                    self.ops.pair();
                 }
                 Made::Nothing => self.before = None,
                 Made::End => return true,
@@ -153,6 +224,32 @@ impl Builder<'_> {
 
     fn make(&mut self, i: &Instruction, code: &[u8]) -> Made {
         let before = self.before.take();
+        self.ops.nothing_known();
+        self.common(i, before).unwrap_or_else(|| self.any(i, before, code))
+    }
+
+    /// What most instructions become, with few questions asked.
+    #[inline(always)]
+    fn common(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<Made> {
+        if i.has_lock_prefix() || i.has_rep_prefix() || i.has_repne_prefix() {
+            return None;
+        }
+        match FAMILIES.get(i.mnemonic() as usize)? {
+            Family::Other => return None,
+            Family::Branch => return self.branch(i, before).map(|()| Made::End),
+            Family::Arithmetic => self.arithmetic(i),
+            Family::Data => self.data(i),
+            Family::Stack => self.stack(i),
+            Family::Shift => self.shifted(i),
+            Family::Count => self.counted(i),
+            Family::Vector => self.vector(i),
+        }
+        .map(|()| Made::Op)
+    }
+
+    /// What any instruction becomes.
+    #[inline(never)]
+    fn any(&mut self, i: &Instruction, before: Option<(Joined, usize)>, code: &[u8]) -> Made {
         self.ops.nothing_known();
         if self.branch(i, before).is_some() {
             return Made::End;
@@ -315,7 +412,11 @@ impl Builder<'_> {
 
     /// An operation on two operands of any form.
     #[inline(always)]
-    fn two_operands(&self, i: &Instruction, choose: fn(Form, usize, bool) -> Handler) -> Option<(Op, Form, usize)> {
+    fn two_operands(
+        &self,
+        i: &Instruction,
+        choose: impl Fn(Form, usize, bool) -> Handler,
+    ) -> Option<(Op, Form, usize)> {
         if let Some((r1, size)) = register_operand(i, 0) {
             if let Some((r2, _)) = register_operand(i, 1) {
                 let form = Form::RegisterRegister;
@@ -357,7 +458,9 @@ impl Builder<'_> {
                 }
                 let memory = self.memory(i)?;
                 let reads = of(memory.base) | of(memory.index) | narrow(r1, size);
-                self.ops.note(Note::pure(reads, of(r1)));
+                let first = if memory.is_indexed { First::Indexed } else { First::Based };
+                let first = Some(first).filter(|_| size >= 4);
+                self.ops.note(Note { first, size: bytes(size), ..Note::pure(reads, of(r1)) });
                 self.place(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
             }
             M::Xchg => {
@@ -402,10 +505,9 @@ impl Builder<'_> {
         let (op, form, size) = self.two_operands(i, choose)?;
         let writes = of(op.r1);
         self.ops.note(match form {
-            Form::RegisterRegister => Note {
-                copies: Some(size).filter(|size| *size >= 4),
-                ..Note::pure(of(op.r2) | narrow(op.r1, size), writes)
-            },
+            Form::RegisterRegister => {
+                Note { copies: size >= 4, size: bytes(size), ..Note::pure(of(op.r2) | narrow(op.r1, size), writes) }
+            }
             Form::RegisterImmediate => Note::pure(narrow(op.r1, size), writes),
             _ => Note::default(),
         });
@@ -460,6 +562,11 @@ fn narrow(register: u8, size: usize) -> u32 {
     if size < 4 { of(register) } else { 0 }
 }
 
+/// An operand size as notes have it.
+fn bytes(size: usize) -> u8 {
+    u8::try_from(size).expect("at most 8")
+}
+
 /// Byte offset of a register in the engine's.
 fn offset(register: usize) -> u8 {
     u8::try_from(8 * register).expect("there are twenty")
@@ -467,7 +574,8 @@ fn offset(register: usize) -> u8 {
 
 /// Byte offset and size of a general register that an operand names.
 fn register_operand(i: &Instruction, operand: u32) -> Option<(u8, usize)> {
-    if operand >= i.op_count() || i.op_kind(operand) != OpKind::Register {
+    // What an instruction has not got is no register: there is no need to count.
+    if i.op_kind(operand) != OpKind::Register {
         return None;
     }
     let place = slot(i.op_register(operand))?;

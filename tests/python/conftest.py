@@ -47,6 +47,11 @@ uhyve = "=0.2.3"
 """
 
 
+# A shell has background jobs ignore Ctrl-C, which their children inherit: here the tests of Ctrl-C would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def missing(reason: str, requirement: str) -> NoReturn:
     """Skips the test, or fails it if the environment variable ``requirement`` says that nothing may be missing."""
     if os.environ.get(requirement) == "1":

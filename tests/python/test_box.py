@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +30,23 @@ def test_vms_and_images_in_the_box_pass_there_too() -> None:
         *(f"vm/test_{name}.py" for name in ("run", "debugger", "debugger_breakpoints", "steps_of_a_cpu")),
     ]
     tests = [REPOSITORY / "tests" / "python" / name for name in names]
-    pytest_run = [sys.executable, "-m", "pytest", "-m", "not box and not slow", "-p", "no:cacheprovider", "-q", *tests]
 
-    done = subprocess.run(
+    done = in_box(*tests)
+    # QEMU's SVM now and then (seen once in some 1,500 guests with two vCPUs, on a loaded machine) leaves a guest at an
+    # address of the host kernel, which is then its RIP by KVM, too: it never ends. What failed is run once more.
+    failed = re.findall(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and 0 < len(failed) <= 2:
+        print(f"again: {failed}\n{done.stdout[-20_000:]}")
+        done = in_box(*failed)
+
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    assert " passed" in done.stdout
+
+
+def in_box(*tests: Path | str) -> subprocess.CompletedProcess[str]:
+    """Runs tests in the box."""
+    pytest_run = [sys.executable, "-m", "pytest", "-m", "not box and not slow", "-p", "no:cacheprovider", "-q", *tests]
+    return subprocess.run(
         [BOX, "--", *pytest_run],
         cwd=REPOSITORY,
         env=os.environ | {"UHYVE_REQUIRE_KVM": "1", "UHYVE_BACKEND": "kvm"},
@@ -39,6 +54,3 @@ def test_vms_and_images_in_the_box_pass_there_too() -> None:
         text=True,
         check=False,
     )
-
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
-    assert " passed" in done.stdout

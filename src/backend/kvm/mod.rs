@@ -81,6 +81,16 @@ pub fn open_kvm() -> Result<Kvm> {
     Ok(kvm)
 }
 
+/// Makes a VM. The kernel gives up on that when a signal comes, such as a kick.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made.map_err(failed("KVM_CREATE_VM")),
+        }
+    }
+}
+
 impl KvmBackend {
     /// Makes the VM: memory slots, interrupt controllers, x2APIC.
     pub fn new(memory: &GuestMemory, options: &MachineOptions) -> Result<Self> {
@@ -89,7 +99,7 @@ impl KvmBackend {
         if options.cpus as usize > limit {
             return Err(Error::Config(format!("{} vCPUs asked for, this KVM has at most {limit}", options.cpus)));
         }
-        let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let vm = create_vm(&kvm)?;
         vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         let mut backend = Self {

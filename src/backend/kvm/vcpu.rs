@@ -48,6 +48,8 @@ pub struct KvmVcpu {
     debugging: bool,
     /// An exception is given to KVM, and the vCPU has not been entered since.
     has_injected: bool,
+    /// See [`Vcpu::changes`].
+    changes: u64,
     layout: Layout,
 }
 
@@ -73,6 +75,7 @@ impl KvmVcpu {
             debug: GuestDebug::default(),
             debugging: false,
             has_injected: false,
+            changes: 0,
             layout,
         };
         vcpu.set_msr(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS)?;
@@ -215,7 +218,8 @@ impl KvmVcpu {
         self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))
     }
 
-    fn set_xsave_area(&self, area: &kvm_xsave) -> Result<()> {
+    fn set_xsave_area(&mut self, area: &kvm_xsave) -> Result<()> {
+        self.changes += 1;
         // SAFETY: no feature that makes the area larger than 4 KiB was enabled for this process's guests.
         unsafe { self.fd.set_xsave(area) }.map_err(failed("KVM_SET_XSAVE"))
     }
@@ -328,6 +332,7 @@ impl Vcpu for KvmVcpu {
 
     fn set_registers(&mut self, registers: &Registers) -> Result<()> {
         debug_assert!(!self.io.is_some_and(|io| io.pending), "registers are set after complete_io");
+        self.changes += 1;
         self.fd.sync_regs_mut().regs = registers.into();
         self.fd.set_sync_dirty_reg(SyncReg::Register);
         self.dirty = true;
@@ -345,6 +350,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<()> {
+        self.changes += 1;
         self.system = None;
         let mut sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
         convert::apply(registers, &mut sregs);
@@ -393,6 +399,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
+        self.changes += 1;
         // EFER and the bases of FS and GS are both.
         self.system = None;
         let msrs =
@@ -414,6 +421,10 @@ impl Vcpu for KvmVcpu {
         self.take_state_back(lent, state)
     }
 
+    fn changes(&self) -> u64 {
+        self.changes
+    }
+
     fn tsc_khz(&self) -> Option<u32> {
         self.fd.get_tsc_khz().ok().filter(|khz| *khz != 0 && *khz < 1 << 30)
     }
@@ -429,6 +440,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn inject(&mut self, exception: Exception) -> Result<()> {
+        self.changes += 1;
         self.has_injected = true;
         if exception.vector == 1 {
             let mut debug = self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
@@ -453,6 +465,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn halt(&mut self) -> Result<()> {
+        self.changes += 1;
         // HLT is behind the instruction whose interrupts STI holds off; a shadow that stays would keep it asleep.
         let mut events = self.fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
         events.interrupt.shadow = 0;

@@ -96,6 +96,7 @@ impl Filter {
     fn features(&mut self, features: &[u8]) -> Option<Event> {
         let has = |name: &[u8]| features.split(|byte| *byte == b';').any(|feature| feature == name);
         self.multiprocess = has(b"multiprocess+");
+        self.reads_errors = has(b"error-message+");
         self.reasons = [has(b"swbreak+"), has(b"hwbreak+")];
         self.pass(&features_request(self.multiprocess), Asked::Features)
     }

@@ -29,7 +29,7 @@ impl GdbTarget {
             }
         };
         if let Some(reason) = &wish.refusal {
-            self.say(&format!("uhyve: the policy refuses a breakpoint: {reason}"));
+            self.refusal = Some(format!("uhyve: the policy refuses a breakpoint: {reason}"));
             return Err(TargetError::Errno(super::EFAULT));
         }
         match self.breakpoints.insert(&self.machine, key, agent, wish) {
@@ -39,7 +39,7 @@ impl GdbTarget {
     }
 
     fn refuse(&mut self, error: &Error) -> TargetResult<bool, Self> {
-        self.say(&format!("uhyve: {error}"));
+        self.refusal = Some(format!("uhyve: {error}"));
         Err(refused(error))
     }
 

@@ -171,65 +171,103 @@ pub(in super::super) enum Form {
     MemoryImmediate,
 }
 
-/// Chooses a function by operand size.
+/// Rows of [`Forms`].
+const FORMS: usize = 8;
+
+impl Form {
+    /// Its row in [`Forms`].
+    #[inline(always)]
+    pub fn index(self, is_indexed: bool) -> usize {
+        match self {
+            Self::RegisterRegister => 0,
+            Self::RegisterImmediate => 1,
+            Self::RegisterMemory => 2 + usize::from(is_indexed),
+            Self::MemoryRegister => 4 + usize::from(is_indexed),
+            Self::MemoryImmediate => 6 + usize::from(is_indexed),
+        }
+    }
+}
+
+/// Chooses a function by operand size. It is looked up: which one it will be is nothing that a host's CPU could foresee.
 macro_rules! by_size {
     ($size:expr, $name:ident $(, $first:ty)*; $($rest:ty),*) => {
-        match $size {
-            1 => $name::<$($first,)* u8 $(, $rest)*>,
-            2 => $name::<$($first,)* u16 $(, $rest)*>,
-            4 => $name::<$($first,)* u32 $(, $rest)*>,
-            _ => $name::<$($first,)* u64 $(, $rest)*>,
-        }
+        $crate::x86::ops::alu::sizes!($name $(, $first)*; $($rest),*)[$crate::x86::ops::alu::size_index($size)]
     };
 }
 pub(in super::super) use by_size;
 
-/// The function for an operation.
-pub(in super::super) fn alu<O: Alu>(form: Form, size: usize, is_indexed: bool) -> Handler {
-    match (form, is_indexed) {
-        (Form::RegisterRegister, _) => by_size!(size, rr, O;),
-        (Form::RegisterImmediate, _) => by_size!(size, ri, O;),
-        (Form::RegisterMemory, false) => by_size!(size, rm, O; Based),
-        (Form::RegisterMemory, true) => by_size!(size, rm, O; Indexed),
-        (Form::MemoryRegister, false) => by_size!(size, mr, O; Based),
-        (Form::MemoryRegister, true) => by_size!(size, mr, O; Indexed),
-        (Form::MemoryImmediate, false) => by_size!(size, mi, O; Based),
-        (Form::MemoryImmediate, true) => by_size!(size, mi, O; Indexed),
-    }
-}
-
-/// The function for an operation without flags, of the common forms.
-pub(in super::super) fn quiet<O: Alu>(form: Form, size: usize, is_indexed: bool) -> Option<Handler> {
-    macro_rules! forms {
-        ($int:ty) => {
-            match (form, is_indexed) {
-                (Form::RegisterRegister, _) => rr::<Quiet<O>, $int>,
-                (Form::RegisterImmediate, _) => ri::<Quiet<O>, $int>,
-                (Form::RegisterMemory, false) => rm::<Quiet<O>, $int, Based>,
-                (Form::RegisterMemory, true) => rm::<Quiet<O>, $int, Indexed>,
-                (Form::MemoryRegister, false) => mr::<Quiet<O>, $int, Based>,
-                (Form::MemoryRegister, true) => mr::<Quiet<O>, $int, Indexed>,
-                (Form::MemoryImmediate, _) => return None,
-            }
-        };
-    }
-    let handler: Handler = match size {
-        4 => forms!(u32),
-        8 => forms!(u64),
-        _ => return None,
+/// The functions for the operand sizes.
+macro_rules! sizes {
+    ($name:ident $(, $first:ty)*; $($rest:ty),*) => {
+        [
+            $name::<$($first,)* u8 $(, $rest)*> as Handler,
+            $name::<$($first,)* u16 $(, $rest)*> as Handler,
+            $name::<$($first,)* u32 $(, $rest)*> as Handler,
+            $name::<$($first,)* u64 $(, $rest)*> as Handler,
+        ]
     };
-    Some(handler)
+}
+pub(in super::super) use sizes;
+
+/// The place of an operand size of 1, 2, 4 or 8 bytes in [`sizes`].
+#[inline(always)]
+pub(in super::super) fn size_index(size: usize) -> usize {
+    size.trailing_zeros() as usize & 3
 }
 
-/// The functions for an operation with its first operand apart from where the result goes, with flags and without.
-pub(in super::super) fn apart<O: Alu>(form: Form, size: usize) -> Option<(usize, Handler, Handler)> {
-    Some(match (form, size) {
-        (Form::RegisterRegister, 4) => (size, apart_rr::<O, u32>, apart_rr::<Quiet<O>, u32>),
-        (Form::RegisterRegister, 8) => (size, apart_rr::<O, u64>, apart_rr::<Quiet<O>, u64>),
-        (Form::RegisterImmediate, 4) => (size, apart_ri::<O, u32>, apart_ri::<Quiet<O>, u32>),
-        (Form::RegisterImmediate, 8) => (size, apart_ri::<O, u64>, apart_ri::<Quiet<O>, u64>),
-        _ => return None,
-    })
+/// The functions for an operation, by [`Form::index`] and [`size_index`].
+pub(in super::super) type Forms = [[Handler; 4]; FORMS];
+
+/// The functions for an arithmetic instruction.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Functions {
+    /// By form and size.
+    pub all: &'static Forms,
+    /// The same without flags, and others for [`apart`], if it has a result.
+    pub quiet: Option<(&'static Forms, &'static Apart)>,
+}
+
+/// The functions for an operation with its first operand apart from where the result goes: on a register or an immediate,
+/// of 4 or 8 bytes, with flags or without.
+pub(in super::super) type Apart = [[[Handler; 2]; 2]; 2];
+
+/// The functions for operation `O`.
+struct Table<O>(PhantomData<O>);
+
+impl<O: Alu> Table<O> {
+    const ALL: Forms = [
+        sizes!(rr, O;),
+        sizes!(ri, O;),
+        sizes!(rm, O; Based),
+        sizes!(rm, O; Indexed),
+        sizes!(mr, O; Based),
+        sizes!(mr, O; Indexed),
+        sizes!(mi, O; Based),
+        sizes!(mi, O; Indexed),
+    ];
+    const APART: Apart = [
+        [[apart_rr::<O, u32>, apart_rr::<Quiet<O>, u32>], [apart_rr::<O, u64>, apart_rr::<Quiet<O>, u64>]],
+        [[apart_ri::<O, u32>, apart_ri::<Quiet<O>, u32>], [apart_ri::<O, u64>, apart_ri::<Quiet<O>, u64>]],
+    ];
+}
+
+/// The functions for an operation that has a result.
+pub(in super::super) const fn functions<O: Alu>() -> Functions {
+    Functions { all: &Table::<O>::ALL, quiet: Some((&Table::<Quiet<O>>::ALL, &Table::<O>::APART)) }
+}
+
+/// The functions for an operation that has none.
+pub(in super::super) const fn comparisons<O: Alu>() -> Functions {
+    Functions { all: &Table::<O>::ALL, quiet: None }
+}
+
+/// The functions for an operation with its first operand apart, with flags and without.
+pub(in super::super) fn apart(table: &Apart, form: Form, size: usize) -> Option<(Handler, Handler)> {
+    if size < 4 || !matches!(form, Form::RegisterRegister | Form::RegisterImmediate) {
+        return None;
+    }
+    let [loud, quiet] = table[usize::from(form == Form::RegisterImmediate)][usize::from(size == 8)];
+    Some((loud, quiet))
 }
 
 /// What is computed of one operand.
@@ -409,17 +447,23 @@ unsafe fn inc_r<T: Int, const C: u8>(e: &mut Engine, op: *const Op) -> *mut Bloc
 /// Chooses a function by condition.
 macro_rules! by_condition {
     ($condition:expr, $name:ident $(, $type:ty)*) => {
-        match $condition {
-            0 => $name::<$($type,)* 0>, 1 => $name::<$($type,)* 1>, 2 => $name::<$($type,)* 2>,
-            3 => $name::<$($type,)* 3>, 4 => $name::<$($type,)* 4>, 5 => $name::<$($type,)* 5>,
-            6 => $name::<$($type,)* 6>, 7 => $name::<$($type,)* 7>, 8 => $name::<$($type,)* 8>,
-            9 => $name::<$($type,)* 9>, 10 => $name::<$($type,)* 10>, 11 => $name::<$($type,)* 11>,
-            12 => $name::<$($type,)* 12>, 13 => $name::<$($type,)* 13>, 14 => $name::<$($type,)* 14>,
-            _ => $name::<$($type,)* 15>,
-        }
+        $crate::x86::ops::alu::conditions!($name $(, $type)*)[usize::from($condition & 15)]
     };
 }
 pub(in super::super) use by_condition;
+
+/// The functions for all conditions.
+macro_rules! conditions {
+    ($name:ident $(, $type:ty)*) => {
+        [
+            $name::<$($type,)* 0> as Handler, $name::<$($type,)* 1>, $name::<$($type,)* 2>, $name::<$($type,)* 3>,
+            $name::<$($type,)* 4>, $name::<$($type,)* 5>, $name::<$($type,)* 6>, $name::<$($type,)* 7>,
+            $name::<$($type,)* 8>, $name::<$($type,)* 9>, $name::<$($type,)* 10>, $name::<$($type,)* 11>,
+            $name::<$($type,)* 12>, $name::<$($type,)* 13>, $name::<$($type,)* 14>, $name::<$($type,)* 15>,
+        ]
+    };
+}
+pub(in super::super) use conditions;
 
 /// What may be joined with a conditional branch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -436,25 +480,22 @@ pub(in super::super) enum Joined {
 
 /// The function for an operation and a branch.
 pub(in super::super) fn joined(what: Joined, size: usize, condition: u8) -> Option<Handler> {
-    macro_rules! sizes {
+    macro_rules! row {
         ($name:ident) => {
-            match size {
-                1 => by_condition!(condition, $name, u8),
-                4 => by_condition!(condition, $name, u32),
-                8 => by_condition!(condition, $name, u64),
-                _ => return None,
-            }
+            [conditions!($name, u8), conditions!($name, u32), conditions!($name, u64)]
         };
     }
-    let handler: Handler = match what {
-        Joined::CmpRegister => sizes!(cmp_rr),
-        Joined::CmpImmediate => sizes!(cmp_ri),
-        Joined::TestRegister => sizes!(test_rr),
-        Joined::TestImmediate => sizes!(test_ri),
-        Joined::SubImmediate => sizes!(sub_ri),
-        Joined::AddImmediate => sizes!(add_ri),
-        Joined::Dec => sizes!(dec_r),
-        Joined::Inc => sizes!(inc_r),
-    };
-    Some(handler)
+    /// In the order of [`Joined`].
+    static JOINED: [[[Handler; 16]; 3]; 8] = [
+        row!(cmp_rr),
+        row!(cmp_ri),
+        row!(test_rr),
+        row!(test_ri),
+        row!(sub_ri),
+        row!(add_ri),
+        row!(dec_r),
+        row!(inc_r),
+    ];
+    let size = [Some(0), None, Some(1), Some(2)][size_index(size)]?;
+    Some(JOINED[what as usize][size][usize::from(condition & 15)])
 }

@@ -16,6 +16,7 @@ pub(super) mod flow;
 pub(super) mod int;
 pub(super) mod locked;
 pub(super) mod multiply;
+pub(super) mod pair;
 pub(super) mod shift;
 pub(super) mod string;
 pub(super) mod vector;

@@ -88,19 +88,23 @@ impl<S: Shift> Shift for Quiet<S> {
     }
 }
 
+/// The count of a shift by an immediate.
+#[inline(always)]
+pub(super) unsafe fn shift_count<T: Int>(op: *const Op) -> u32 {
+    ((*op).imm.cast_unsigned() & (T::BITS - 1)).max(1)
+}
+
 unsafe fn by_immediate<S: Shift, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let count = (*op).imm.cast_unsigned() & (T::BITS - 1);
     let a = reg::<T>(e, (*op).r1);
-    let r = S::run(&mut e.flags, a, count.max(1));
+    let r = S::run(&mut e.flags, a, shift_count::<T>(op));
     set(e, (*op).r1, r);
     next!(e, op)
 }
 
 /// Of a register, to another.
 unsafe fn by_immediate_apart<S: Shift, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
-    let count = (*op).imm.cast_unsigned() & (T::BITS - 1);
     let a = reg::<T>(e, (*op).base);
-    let r = S::run(&mut e.flags, a, count.max(1));
+    let r = S::run(&mut e.flags, a, shift_count::<T>(op));
     set(e, (*op).r1, r);
     next!(e, op)
 }

@@ -174,8 +174,7 @@ pub(in super::super) unsafe fn plain(e: &mut Engine, op: *const Op) -> *mut Bloc
     let source = value(e, (*op).r2);
     _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
     e.vector_control.immediate = i64::from((*op).disp).cast_unsigned();
-    let block = &*e.block;
-    let function = *block.functions.get_unchecked((*op).imm as usize);
+    let function = *(*e.block).tables.functions.add((*op).imm as usize);
     let to = xmm(e, (*op).r1);
     function(to, &raw const e.vector_source, &raw mut e.vector_control);
     next!(e, op)
@@ -189,8 +188,7 @@ pub(in super::super) unsafe fn plain_memory(e: &mut Engine, op: *const Op) -> *m
     }
     let from = find!(u128, false, e, op, address);
     e.vector_control.immediate = 0;
-    let block = &*e.block;
-    let function = *block.functions.get_unchecked((*op).imm as usize);
+    let function = *(*e.block).tables.functions.add((*op).imm as usize);
     let to = xmm(e, (*op).r1);
     function(to, from, &raw mut e.vector_control);
     next!(e, op)
@@ -211,8 +209,7 @@ pub(in super::super) enum FloatSource {
 #[inline(always)]
 unsafe fn calculate<const FLAGS: bool>(e: &mut Engine, op: *const Op, source: __m128i) {
     _mm_storeu_si128((&raw mut e.vector_source).cast(), source);
-    let block = &*e.block;
-    let function = block.vectors.get_unchecked((*op).imm as usize).bare.unwrap_unchecked();
+    let function = (*(*e.block).tables.vectors.add((*op).imm as usize)).bare.unwrap_unchecked();
     if FLAGS {
         let first = value(e, (*op).r1);
         _mm_storeu_si128((&raw mut e.vector_target).cast(), first);
@@ -291,8 +288,7 @@ pub(in super::super) unsafe fn call(e: &mut Engine, op: *const Op) -> *mut Block
 #[inline(never)]
 unsafe fn run(e: &mut Engine, op: *const Op) -> bool {
     use super::super::vector_call::{Destination, Source};
-    let block = &*e.block;
-    let Some(call) = block.vectors.get((*op).imm as usize) else { return false };
+    let call = &*(*e.block).tables.vectors.add((*op).imm as usize);
     e.take_float_flags();
     let mut memory = [0; 2];
     if let Source::Memory { size, is_aligned, .. } = call.source {

@@ -132,6 +132,7 @@ fn common_instruction(random: &mut Random) -> Vec<u8> {
         10 => vec![wide, 0xd3, 0xc0 | random.pick(&[0, 8, 0x20, 0x28, 0x38]) | a],
         11 => vec![wide, 0x0f, random.pick(&[0xaf, 0xb6, 0xbf, 0x40 | number & 15, 0xa3, 0xbb]), both],
         12 => vec![wide, 0xff, 0xc0 | (number & 8) | a],
+        13 if number & 1 == 0 => vec![wide, 0x8d, 0x40 | a << 3 | b, number],
         13 => vec![wide, 0x8d, 0x44 | a << 3, (number & 0xc0) | b, number],
         14 => vec![wide, random.pick(&[0x8b, 0x01, 0x03, 0x89]), 0x40 | a << 3 | 6, number],
         _ => {
@@ -155,6 +156,33 @@ fn test_sequences_of_common_instructions_agree_with_the_slow_executor() {
         // Over a HLT or not, by any condition.
         code.extend([0x70 | random.below(16) as u8, 1, 0xf4, 0x90, 0xf4]);
         check(&mut random, &code, 40);
+    }
+}
+
+/// A shift or an address into a register, perhaps of a copy, and arithmetic that takes it.
+fn pair(random: &mut Random) -> Vec<u8> {
+    let wide = 0x40 | (random.next() as u8 & 1) << 3;
+    let (made, other, from) = (random.below(4) as u8, random.below(4) as u8, random.below(4) as u8);
+    let number = random.next() as u8;
+    let first = match random.below(4) {
+        0 => vec![wide, 0x8d, 0x40 | made << 3 | from, number],
+        1 => vec![wide, 0x8d, 0x44 | made << 3, (number & 0xf8) | from, number],
+        _ => vec![wide, 0xc1, 0xc0 | random.pick(&[0, 8, 0x20, 0x28, 0x38]) | made, number & 0x3f],
+    };
+    let copy = if random.below(2) == 0 { vec![wide, 0x89, 0xc0 | from << 3 | made] } else { Vec::new() };
+    let second = vec![wide, random.pick(&[0x01, 0x09, 0x11, 0x21, 0x29, 0x31]), 0xc0 | made << 3 | other];
+    let between = if random.below(8) == 0 { common_instruction(random) } else { Vec::new() };
+    [copy, first, between, second].concat()
+}
+
+#[test]
+fn test_pairs_of_instructions_agree_with_the_slow_executor() {
+    let mut random = Random(0x1618_0339_8874_9894);
+    for _ in 0..rounds(5_000) {
+        let mut code: Vec<u8> = (0..5).flat_map(|_| pair(&mut random)).collect();
+        code.extend([0x70 | random.below(16) as u8, 1, 0xf4, 0x90, 0xf4]);
+        let budget = if random.below(4) == 0 { 1 + random.below(20) } else { 40 };
+        check(&mut random, &code, budget);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::machine::*;
 use crate::registers::{CR0_TS, RAX, RBX, RFLAGS_IF};
-use crate::x86::{CpuExit, Fault, State};
+use crate::x86::{CpuExit, DebugOptions, Fault, State};
 
 fn lent(code: &[u8], change: impl FnOnce(&mut State)) -> Rig {
     let mut rig = Rig::new(code).with(change);
@@ -71,4 +71,43 @@ fn test_lent_cpu_executes_code_as_its_owner_has_left_it() {
     unsafe { rig.memory.host_pointer().add(CODE as usize + 1).write(0xc8) };
     rig.cpu.lend(&state);
     assert_eq!((rig.run(), rig.register(RAX)), (CpuExit::Foreign(None), u64::from(100u32.wrapping_neg())));
+}
+
+#[test]
+fn test_lent_cpu_leaves_a_lock_that_it_can_not_take_to_its_owner() {
+    for code in [&[0xf0u8, 0x48, 0x01, 0x03][..], &[0x48, 0x87, 0x03], &[0xf0, 0x66, 0xff, 0x03]] {
+        let mut rig = lent(&[code, &[0xf4]].concat(), |state| state.core.registers.general[RBX] = DATA + 61);
+        assert_eq!((rig.run(), rig.rip()), (CpuExit::Foreign(None), CODE), "{code:x?}");
+        let mut aligned = rig.cpu.snapshot();
+        aligned.core.registers.general[RBX] = DATA + 64;
+        rig.cpu.lend(&aligned);
+        assert_eq!((rig.run(), rig.rip()), (CpuExit::Foreign(None), CODE + code.len() as u64), "{code:x?}");
+    }
+}
+
+#[test]
+fn test_lent_cpu_meets_a_breakpoint_and_executes_what_it_covers() {
+    // int3, where `inc eax` was; dec ecx; jnz to the int3; hlt
+    let mut rig = lent(&[0xcc, 0xc0, 0xff, 0xc9, 0x75, 0xfa, 0xf4], |state| state.core.registers.general[1] = 100);
+    rig.cpu.set_debug(DebugOptions { breakpoints: vec![CODE], ..DebugOptions::default() });
+    let mut hits = 0;
+    while rig.run() == CpuExit::Breakpoint {
+        assert_eq!(rig.rip(), CODE);
+        assert_eq!(rig.cpu.execute_covered(&[0xff, 0xc0, 0xff, 0xc9, 0x75]), None);
+        hits += 1;
+    }
+    assert_eq!((hits, rig.register(RAX), rig.rip()), (100, 100, CODE + 6));
+    // Every instruction counts once: 100 times three.
+    assert_eq!(rig.cpu.instructions(), 300);
+}
+
+#[test]
+fn test_lent_cpu_leaves_a_covered_instruction_that_faults_or_is_foreign() {
+    let mut rig = lent(&[0xcc], |_| ());
+    rig.map(0x100, 0);
+    assert_eq!(rig.cpu.execute_covered(&[0x0f, 0xa2]), Some(CpuExit::Foreign(None)));
+    let fault = Fault { vector: 14, error_code: Some(0), address: Some(0x30_0000) };
+    let load = [0x48, 0x8b, 0x04, 0x25, 0, 0, 0x30, 0];
+    assert_eq!(rig.cpu.execute_covered(&load), Some(CpuExit::Foreign(Some(fault))));
+    assert_eq!(rig.rip(), CODE);
 }

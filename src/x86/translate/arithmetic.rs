@@ -5,52 +5,82 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::super::block::{Handler, Op};
 use super::super::engine::ZERO;
 use super::super::notes::{Note, bit as of};
-use super::super::ops::alu::{self, Form, Joined};
+use super::super::ops::alu::{self, Form, Functions, Joined, comparisons, functions};
+use super::super::ops::pair::{First, Second};
 use super::super::ops::{bit, multiply, shift};
-use super::{Builder, immediate, offset, register_operand, with_memory};
+use super::{Builder, bytes, immediate, offset, register_operand, with_memory};
 use crate::registers::RCX;
+
+/// An arithmetic instruction with two operands.
+struct Arithmetic {
+    functions: Functions,
+    /// What it may be joined with a branch as, if it is on registers alone, or on a register and an immediate.
+    joined: [Option<Joined>; 2],
+    reads_flags: bool,
+    /// What it may be in a pair, if it is on registers alone.
+    second: Option<Second>,
+}
+
+/// One that can be joined with a branch only as a comparison with an immediate can, or not at all.
+const fn plain(functions: Functions, joined: Option<Joined>, second: Second) -> Arithmetic {
+    Arithmetic { functions, joined: [None, joined], reads_flags: false, second: Some(second) }
+}
+
+const fn with_carry(functions: Functions) -> Arithmetic {
+    Arithmetic { functions, joined: [None; 2], reads_flags: true, second: None }
+}
+
+const fn comparison(functions: Functions, of_registers: Joined, with_immediate: Joined) -> Arithmetic {
+    let joined = [Some(of_registers), Some(with_immediate)];
+    Arithmetic { functions, joined, reads_flags: false, second: None }
+}
+
+static ADD: Arithmetic = plain(functions::<alu::Add>(), Some(Joined::AddImmediate), Second::Add);
+static ADC: Arithmetic = with_carry(functions::<alu::Adc>());
+static SUB: Arithmetic = plain(functions::<alu::Sub>(), Some(Joined::SubImmediate), Second::Sub);
+static SBB: Arithmetic = with_carry(functions::<alu::Sbb>());
+static AND: Arithmetic = plain(functions::<alu::And>(), None, Second::And);
+static OR: Arithmetic = plain(functions::<alu::Or>(), None, Second::Or);
+static XOR: Arithmetic = plain(functions::<alu::Xor>(), None, Second::Xor);
+static CMP: Arithmetic = comparison(comparisons::<alu::Cmp>(), Joined::CmpRegister, Joined::CmpImmediate);
+static TEST: Arithmetic = comparison(comparisons::<alu::Test>(), Joined::TestRegister, Joined::TestImmediate);
 
 impl Builder<'_> {
     pub(super) fn arithmetic(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic as M;
-        let choose: Arithmetic = match i.mnemonic() {
-            M::Add => variants::<alu::Add>(),
-            M::Adc => variants::<alu::Adc>(),
-            M::Sub => variants::<alu::Sub>(),
-            M::Sbb => variants::<alu::Sbb>(),
-            M::Cmp => Arithmetic { all: alu::alu::<alu::Cmp>, others: None },
-            M::And => variants::<alu::And>(),
-            M::Or => variants::<alu::Or>(),
-            M::Xor => variants::<alu::Xor>(),
-            M::Test => Arithmetic { all: alu::alu::<alu::Test>, others: None },
+        let which = match i.mnemonic() {
+            M::Add => &ADD,
+            M::Adc => &ADC,
+            M::Sub => &SUB,
+            M::Sbb => &SBB,
+            M::Cmp => &CMP,
+            M::And => &AND,
+            M::Or => &OR,
+            M::Xor => &XOR,
+            M::Test => &TEST,
             M::Inc => return self.unary(i, alu::unary::<alu::Inc>, alu::unary_quiet::<alu::Inc>, Some(Joined::Inc)),
             M::Dec => return self.unary(i, alu::unary::<alu::Dec>, alu::unary_quiet::<alu::Dec>, Some(Joined::Dec)),
             M::Neg => return self.unary(i, alu::unary::<alu::Neg>, alu::unary_quiet::<alu::Neg>, None),
             M::Not => return self.unary(i, alu::unary::<alu::Invert>, |_| None, None),
             _ => return None,
         };
-        let (op, form, size) = self.two_operands(i, choose.all)?;
-        let is_indexed = op.index != offset(ZERO);
+        let Functions { all, quiet } = which.functions;
+        let choose = |form: Form, size, is_indexed| all[form.index(is_indexed)][alu::size_index(size)];
+        let (op, form, size) = self.two_operands(i, choose)?;
+        let row = form.index(op.index != offset(ZERO));
         let reads = of(op.r1) | if form == Form::RegisterRegister { of(op.r2) } else { 0 };
-        let writes = if choose.others.is_some() { of(op.r1) } else { 0 };
+        let writes = if quiet.is_some() { of(op.r1) } else { 0 };
         self.ops.note(Note {
-            quiet: choose.others.and_then(|(quiet, _)| quiet(form, size, is_indexed)),
-            apart: choose.others.and_then(|(_, apart)| apart(form, size)),
+            quiet: quiet.map(|(quiet, _)| quiet[row][alu::size_index(size)]),
+            apart: quiet.and_then(|(_, apart)| alu::apart(apart, form, size)),
             sets_flags: true,
-            reads_flags: matches!(i.mnemonic(), M::Adc | M::Sbb),
+            reads_flags: which.reads_flags,
             is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
+            size: bytes(size),
+            second: which.second.filter(|_| form == Form::RegisterRegister && size >= 4),
             ..Note::pure(reads, writes)
         });
-        self.before = match (i.mnemonic(), form) {
-            (M::Cmp, Form::RegisterRegister) => Some(Joined::CmpRegister),
-            (M::Cmp, Form::RegisterImmediate) => Some(Joined::CmpImmediate),
-            (M::Test, Form::RegisterRegister) => Some(Joined::TestRegister),
-            (M::Test, Form::RegisterImmediate) => Some(Joined::TestImmediate),
-            (M::Sub, Form::RegisterImmediate) => Some(Joined::SubImmediate),
-            (M::Add, Form::RegisterImmediate) => Some(Joined::AddImmediate),
-            _ => None,
-        }
-        .map(|joined| (joined, size));
+        self.before = which.joined.get(row).copied().flatten().map(|joined| (joined, size));
         self.place(op)
     }
 
@@ -77,11 +107,11 @@ impl Builder<'_> {
         use Mnemonic as M;
         let (r1, size) = register_operand(i, 0)?;
         let choose: Shifting = match i.mnemonic() {
-            M::Shl | M::Sal => shifting::<shift::Shl>(),
-            M::Shr => shifting::<shift::Shr>(),
-            M::Sar => shifting::<shift::Sar>(),
-            M::Rol => shifting::<shift::Rol>(),
-            M::Ror => shifting::<shift::Ror>(),
+            M::Shl | M::Sal => shifting::<shift::Shl>(First::Shl),
+            M::Shr => shifting::<shift::Shr>(First::Shr),
+            M::Sar => shifting::<shift::Sar>(First::Sar),
+            M::Rol => shifting::<shift::Rol>(First::Rol),
+            M::Ror => shifting::<shift::Ror>(First::Ror),
             M::Shlx => return self.shift_without_flags(i, 0),
             M::Shrx => return self.shift_without_flags(i, 1),
             M::Sarx => return self.shift_without_flags(i, 2),
@@ -109,11 +139,14 @@ impl Builder<'_> {
         let variants = (choose.variants)(size);
         self.ops.note(Note {
             quiet: variants.map(|(quiet, ..)| quiet),
-            apart: variants.map(|(_, apart, quiet)| (size, apart, quiet)),
+            apart: variants.map(|(_, apart, quiet)| (apart, quiet)),
+            size: bytes(size),
             sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
+            first: Some(choose.first).filter(|_| size >= 4),
             ..Note::pure(of(r1), of(r1))
         });
-        self.place(Op { r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
+        // The base is r1 unless a copy is joined with the shift.
+        self.place(Op { r1, base: r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
     }
 
     fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<()> {
@@ -195,32 +228,19 @@ impl Builder<'_> {
     }
 }
 
-/// The functions for an arithmetic instruction: by form, size and whether there is an index; the same without flags,
-/// and with the first operand apart.
-#[derive(Clone, Copy)]
-struct Arithmetic {
-    all: fn(Form, usize, bool) -> Handler,
-    others: Option<(Quiet, Apart)>,
-}
-
-type Quiet = fn(Form, usize, bool) -> Option<Handler>;
-
-type Apart = fn(Form, usize) -> Option<(usize, Handler, Handler)>;
-
-fn variants<O: alu::Alu>() -> Arithmetic {
-    Arithmetic { all: alu::alu::<O>, others: Some((alu::quiet::<O>, alu::apart::<O>)) }
-}
-
 /// The functions for a shift, by size.
 struct Shifting {
+    /// What it is in a pair, with the value that it shifts in `base`.
+    first: First,
     by_immediate: fn(usize) -> Handler,
     variants: fn(usize) -> Option<(Handler, Handler, Handler)>,
     by_cl: fn(usize) -> Option<Handler>,
     by_cl_quiet: fn(usize) -> Option<Handler>,
 }
 
-fn shifting<S: shift::Shift>() -> Shifting {
+fn shifting<S: shift::Shift>(first: First) -> Shifting {
     Shifting {
+        first,
         by_immediate: shift::immediate::<S>,
         variants: shift::variants::<S>,
         by_cl: shift::variable::<S>,

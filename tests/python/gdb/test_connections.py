@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gdb.gdb import Gdb, run_gdb
+from gdb.rsp import ErrorReplyError
 from uhyve import VmStateError
 
 if TYPE_CHECKING:
@@ -85,6 +86,50 @@ def test_kill_and_run_again_in_extended_mode(serve: Callable[..., Served]) -> No
         gdb.console("starti")
         gdb.wait_stop()
     assert gdb.cont().results["reason"] == "breakpoint-hit"
+
+
+def test_detach_in_extended_mode_keeps_the_connection_for_attach_and_run(
+    serve: Callable[..., Served], wait_until: Callable[..., bool]
+) -> None:
+    served = serve("events", cpus=2, defines=["COUNT=0", "WITHOUT_NAPS"])
+    gdb = served.gdb(extended=True)
+    for _ in range(3):
+        gdb.console("detach")
+        assert wait_until(lambda: served.dbg.running)
+        assert served.server.client is not None
+        assert "No threads" in gdb.console("info threads")
+        gdb.console("attach 1")
+        assert not served.dbg.running
+        assert "vCPU 1" in gdb.console("info threads")
+        gdb.console("break event if $rdi == 1")
+        assert gdb.cont().results["reason"] == "breakpoint-hit"
+        gdb.console("delete")
+    gdb.console("detach")
+    gdb.console("starti")
+    gdb.wait_stop()
+    assert gdb.number("calls[0]") == 0
+
+
+def test_client_of_extended_mode_that_has_detached_has_no_process(
+    serve: Callable[..., Served], wait_until: Callable[..., bool]
+) -> None:
+    served = serve("busy", cpus=2)
+    client = served.rsp()
+    client.expect_ok("!")
+    client.detach()
+
+    for packet in ("Z0,1000,1", "m1000,4", "g", "vCont;c", "c", "D;1", "vKill;1", "QCatchSyscalls:1"):
+        with pytest.raises(ErrorReplyError):
+            client.request(packet)
+    assert served.dbg.running
+    # Python decides again, and the guest is not stopped when such a client goes.
+    served.dbg.interrupt()
+    assert served.dbg.wait(30).reason == "interrupt"
+    served.dbg.cont(wait=False)
+    client.close()
+    assert wait_until(lambda: served.server.client is None)
+    assert served.dbg.running
+    assert served.rsp().request("?").startswith(b"T")
 
 
 def test_kill_ends_the_vm_and_python_is_told(serve: Callable[..., Served], wait_until: Callable[..., bool]) -> None:

@@ -174,19 +174,23 @@ def test_invariant_02_access_that_waits_outlives_a_watchpoint_set_anew_meanwhile
 ) -> None:
     both = threading.Barrier(2, timeout=SOON)
     met: list[int] = []
+    arrivals = itertools.count()
 
     def written(hit: Hit) -> bool:
         if hit.vcpu != 1 or met:
             return False
         met.append(hit.registers.rsi)
         both.wait()
-        time.sleep(0.5)  # The other one's hit comes first.
+        time.sleep(1)  # The other one's hit comes first.
         return True
+
+    def arrived(_: Hit) -> bool:
+        return next(arrivals) == 0 and both.wait() >= 0  # It waits for the write, however late vCPU 1 starts.
 
     served = serve("events", cpus=cpus, defines=["COUNT=20"], policy=Conditions({"word": written}))
     stub, watch = served.rsp(), {"address": served.dbg.symbol("word"), "type": 2, "kind": 8}
     stub.insert(**watch)
-    served.dbg.breakpoint("event", vcpu=0, condition=lambda _: both.n_waiting == 1 and both.wait() >= 0)
+    served.dbg.breakpoint("event", vcpu=0, condition=arrived)
     assert vcpu_of(stub.cont(SOON)) == 0
 
     # What vCPU 1 has found waits while it holds; then its watchpoint is another one, at the same place.
@@ -484,7 +488,11 @@ def test_invariant_07_every_kind_of_stop_names_its_vcpu_which_is_first_and_alive
     stub.insert(served.dbg.symbol("word"), type=2, kind=8)
     watched = stub.cont(SOON)
     assert int(watched.values["watch"], 16) == served.dbg.symbol("word")
-    assert served.word("word") >> 32 == check(watched), "who wrote it"
+    writer = check(watched)
+    stub.select_thread(f"p1.{writer + 1:x}")
+    # Not the word itself: another vCPU may have written it, too, before it was stopped.
+    assert stub.read_register("rip") == served.dbg.symbol("event_written")
+    assert stub.read_register("rax") >> 32 == writer, "who wrote it"
     stub.remove(served.dbg.symbol("word"), type=2, kind=8)
     stub.resume()
     stub.interrupt()
@@ -668,7 +676,7 @@ def test_invariant_11_callback_that_drives_gets_an_error_at_once_that_says_what_
     assert served.rsp().cont(SOON).kind == "W"
 
     assert len(caught) == cpus * 5
-    assert max(seconds) < 5
+    assert max(seconds) < SOON
     if call in ("cont", "step"):
         assert all("return" in str(error) for error in caught)
 

@@ -225,6 +225,19 @@ def test_refused_breakpoint_is_not_set_and_its_reason_is_shown(serve: Callable[.
     assert client.cont(30).kind == "W"
 
 
+def test_client_that_reads_errors_is_told_in_words_why_a_breakpoint_is_refused(serve: Callable[..., Served]) -> None:
+    served = serve("loop", policy=KeepOut("wo*"))
+    client = served.rsp("multiprocess+;swbreak+;hwbreak+;vContSupported+;error-message+")
+    address = served.dbg.symbol("work")
+
+    client.send(f"Z0,{address:x},1")
+
+    reply = client.receive()
+    assert reply.startswith(b"E.uhyve: the policy refuses"), reply
+    assert reply.endswith(b"work is off limits"), reply
+    client.expect_ok(f"Z0,{served.dbg.symbol('guest_main'):x},1")
+
+
 def test_gdb_says_that_it_can_not_insert_a_refused_breakpoint(serve: Callable[..., Served]) -> None:
     served = serve("loop", policy=KeepOut("work"))
 

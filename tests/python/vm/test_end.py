@@ -373,7 +373,7 @@ def test_wait_again_gives_the_same_result(guest: Callable[..., Path]) -> None:
 
 
 def test_wait_from_two_threads_gives_both_the_result(guest: Callable[..., Path]) -> None:
-    vm = Vm(guest("tsc", defines=["MILLISECONDS=300"]))
+    vm = Vm(guest("tsc", defines=["MILLISECONDS=50"]))
     vm.start()
     codes: list[int] = []
     threads = [threading.Thread(target=lambda: codes.append(vm.wait(LIMIT).code)) for _ in range(2)]
