@@ -1,5 +1,5 @@
-//! The engine's protocol, with plain threads in place of vCPUs: scripted ones for each rule, and in `stress` random ones
-//! for all together.
+//! The engine's protocol, with plain threads in place of vCPUs: scripted ones for each rule, in `orders` such that come in
+//! a rare order, and in `stress` random ones for all together.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -8,6 +8,8 @@ use std::thread::JoinHandle;
 
 use super::*;
 
+#[path = "engine_orders.rs"]
+mod orders;
 #[path = "engine_stress.rs"]
 mod stress;
 
