@@ -1,6 +1,7 @@
-//! Stopping the world and starting it again. One lock and one condition variable hold the protocol; vCPU threads come
-//! to [`Engine::safe_point`] when they are asked to, and leave it when they may run. A stop is reported only when
-//! every vCPU stands there, so that all registers can be read at once, without waiting.
+//! Stopping the world and starting it again. One lock holds the protocol; vCPU threads come to [`Engine::safe_point`]
+//! when they are asked to, and leave it when they may run. A stop is reported only when every vCPU stands there, so that
+//! all registers can be read at once, without waiting. Nobody is woken but for what it waits for: a vCPU that comes to
+//! its safe point disturbs none that stands there, and the last one wakes who asked.
 //!
 //! Besides a stop there is the *exclusive section*: one vCPU thread, or a front end, does something that no other vCPU
 //! may run beside (lifting a planted byte, say). The others are held at their safe points; nobody is told.
@@ -111,17 +112,46 @@ struct State {
     is_held: bool,
     end: Option<Arc<End>>,
     waiters: Vec<Arc<EventFd>>,
+    /// One that nobody uses now: to make one and to close it takes as long as the way of a stop to who waits for it.
+    spare: Option<Arc<EventFd>>,
+}
+
+impl State {
+    /// Whether a vCPU at its safe point may leave it.
+    fn may_leave(&self, seat: &Seat) -> bool {
+        let may_run = match self.phase {
+            Phase::Running => true,
+            Phase::Stopping => seat.owes_step,
+            Phase::Stopped | Phase::Ended => false,
+        };
+        may_run && self.exclusive.is_none() && seat.plan != Plan::Hold
+    }
+
+    /// Whether all stand still but the owner of the exclusive section.
+    fn stands_still_but(&self, owner: Owner) -> bool {
+        (0..).zip(&self.seats).all(|(n, seat)| seat.stands_still() || owner == Owner::Vcpu(n))
+    }
 }
 
 struct Slot {
     request: AtomicBool,
     kick: Mutex<Option<Arc<dyn Kick>>>,
+    /// The vCPU may leave its safe point.
+    go: Condvar,
 }
+
+/// vCPUs that are asked to come to their safe points, and still to be kicked: with the lock released, since a signal to
+/// another host CPU takes longer than a vCPU's way to the lock.
+#[must_use]
+struct Kicks(Vec<usize>);
 
 /// The engine of one VM.
 pub struct Engine {
     state: Mutex<State>,
-    changed: Condvar,
+    /// The exclusive section is free.
+    freed: Condvar,
+    /// Its owner is the only one that moves.
+    still: Condvar,
     slots: Vec<Slot>,
     debugging: AtomicBool,
 }
@@ -154,9 +184,13 @@ impl Engine {
                 is_held: false,
                 end: None,
                 waiters: Vec::new(),
+                spare: None,
             }),
-            changed: Condvar::new(),
-            slots: (0..cpus).map(|_| Slot { request: AtomicBool::new(false), kick: Mutex::new(None) }).collect(),
+            freed: Condvar::new(),
+            still: Condvar::new(),
+            slots: (0..cpus)
+                .map(|_| Slot { request: AtomicBool::new(false), kick: Mutex::new(None), go: Condvar::new() })
+                .collect(),
             debugging: AtomicBool::new(debugging),
         }
     }
@@ -165,8 +199,8 @@ impl Engine {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(|e| e.into_inner())
+    fn wait<'a>(&self, on: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        on.wait(state).unwrap_or_else(|e| e.into_inner())
     }
 
     /// Whether the guest's end is a stop.
@@ -194,7 +228,7 @@ impl Engine {
         }
         state.interrupt = None;
         state.phase = Phase::Running;
-        self.changed.notify_all();
+        self.let_go(state);
         Ok(())
     }
 
@@ -209,41 +243,66 @@ impl Engine {
         self.slots[vcpu as usize].request.load(Ordering::SeqCst)
     }
 
-    fn kick(&self, vcpu: usize) {
-        let slot = &self.slots[vcpu];
-        slot.request.store(true, Ordering::SeqCst);
-        let kick = slot.kick.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        if let Some(kick) = kick {
-            kick.kick();
-        }
-    }
-
-    /// Kicks all that run, but one; whether there were any.
-    fn kick_running(&self, state: &State, but: Option<u32>) -> bool {
-        let mut any = false;
+    /// Asks vCPUs to come to their safe points.
+    fn request(&self, state: &State, which: impl Fn(usize, &Seat) -> bool) -> Kicks {
+        let mut asked = Vec::new();
         for (n, seat) in state.seats.iter().enumerate() {
-            if !seat.parked && but.map(|b| b as usize) != Some(n) {
-                self.kick(n);
-                any = true;
+            if which(n, seat) {
+                self.slots[n].request.store(true, Ordering::SeqCst);
+                asked.push(n);
             }
         }
-        any
+        Kicks(asked)
+    }
+
+    /// Asks all that are not at their safe points.
+    fn request_running(&self, state: &State) -> Kicks {
+        self.request(state, |_, seat| !seat.parked)
+    }
+
+    /// Makes them leave the guest. One that has come to its safe point meanwhile, and left it, loses an entry by it.
+    fn kick(&self, kicks: Kicks) {
+        for n in kicks.0 {
+            let kick = self.slots[n].kick.lock().unwrap_or_else(|e| e.into_inner()).clone();
+            if let Some(kick) = kick {
+                kick.kick();
+            }
+        }
     }
 
     fn notify(&self, state: &State) {
-        self.changed.notify_all();
-        for waiter in &state.waiters {
-            // Full only if nobody has read it for 2⁶⁴ changes.
-            let _ = waiter.write(1);
+        tell(&state.waiters);
+    }
+
+    /// Wakes the vCPUs at their safe points that may leave them.
+    fn let_go(&self, state: MutexGuard<'_, State>) {
+        let leaves = |seat: &Seat| seat.parked && (state.phase == Phase::Ended || state.may_leave(seat));
+        let leaving: Vec<bool> = state.seats.iter().map(leaves).collect();
+        // Whoever wakes takes the lock first of all.
+        drop(state);
+        for (slot, _) in self.slots.iter().zip(leaving).filter(|(_, leaves)| *leaves) {
+            slot.go.notify_all();
         }
     }
 
-    /// Reports the stop if every vCPU stands still.
-    fn settle(&self, state: &mut State) {
-        if state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked && !s.owes_step) {
-            self.report(state);
+    /// A vCPU stands still: who holds the exclusive section may have waited for it.
+    fn has_come(&self, state: &State) {
+        if state.exclusive.is_some_and(|owner| state.stands_still_but(owner)) {
+            self.still.notify_all();
         }
-        self.changed.notify_all();
+    }
+
+    /// Whether the world is to stop, and every vCPU stands still.
+    fn is_complete(&self, state: &State) -> bool {
+        state.phase == Phase::Stopping && state.seats.iter().all(|s| s.parked && !s.owes_step)
+    }
+
+    /// Reports the stop if it is complete.
+    fn settle(&self, state: &mut State) {
+        if self.is_complete(state) {
+            self.report(state);
+            self.notify(state);
+        }
     }
 
     fn report(&self, state: &mut State) {
@@ -270,7 +329,6 @@ impl Engine {
         state.stop = Some(stop);
         state.is_held = state.is_gated;
         state.phase = Phase::Stopped;
-        self.notify(state);
     }
 
     /// From now on a stop is shown to those who wait only after [`Engine::approve`], or at once again.
@@ -310,16 +368,20 @@ impl Engine {
         let n = vcpu as usize;
         let mut state = self.lock();
         state.seats[n].parked = true;
-        self.settle(&mut state);
-        loop {
-            let seat = state.seats[n];
-            let may_run = state.exclusive.is_none() && seat.plan != Plan::Hold;
-            match state.phase {
-                Phase::Ended => return Command::End,
-                Phase::Running if may_run => break,
-                Phase::Stopping if may_run && seat.owes_step => break,
-                _ => state = self.wait(state),
+        self.has_come(&state);
+        if self.is_complete(&state) {
+            self.report(&mut state);
+            let waiters = state.waiters.clone();
+            // Who wakes may take this thread's host CPU at once, and wants the lock.
+            drop(state);
+            tell(&waiters);
+            state = self.lock();
+        }
+        while !state.may_leave(&state.seats[n]) {
+            if state.phase == Phase::Ended {
+                return Command::End;
             }
+            state = self.wait(&self.slots[n].go, state);
         }
         let seat = &mut state.seats[n];
         (seat.parked, seat.owes_step) = (false, false);
@@ -346,14 +408,16 @@ impl Engine {
             return self.end(end);
         }
         state.queue.push_back(event);
+        self.slots[vcpu as usize].request.store(true, Ordering::SeqCst);
         if state.phase == Phase::Running {
             state.phase = Phase::Stopping;
-            // Who waits sees to kicks that come late; where none was sent, the stop itself soon wakes them.
-            if self.kick_running(&state, Some(vcpu)) {
-                self.notify(&state);
-            }
+            let kicks = self.request(&state, |n, seat| !seat.parked && n != vcpu as usize);
+            // Who waits sees to kicks that come late; where none is sent, the stop itself soon wakes them.
+            let waiters = if kicks.0.is_empty() { Vec::new() } else { state.waiters.clone() };
+            drop(state);
+            self.kick(kicks);
+            tell(&waiters);
         }
-        self.slots[vcpu as usize].request.store(true, Ordering::SeqCst);
     }
 
     /// The VM is over. The first end counts. All vCPU threads return as soon as they can.
@@ -362,9 +426,14 @@ impl Engine {
         if state.phase != Phase::Ended {
             state.phase = Phase::Ended;
             state.end = Some(Arc::new(end));
+            state.spare = None;
         }
-        self.kick_running(&state, None);
+        let kicks = self.request_running(&state);
         self.notify(&state);
+        self.let_go(state);
+        self.freed.notify_all();
+        self.still.notify_all();
+        self.kick(kicks);
     }
 
     /// Asks for a stop. False if the world stands still or the VM is over.
@@ -374,9 +443,12 @@ impl Engine {
             Phase::Running => {
                 state.phase = Phase::Stopping;
                 state.interrupt = Some(reason);
-                self.kick_running(&state, None);
-                self.notify(&state);
+                let kicks = self.request_running(&state);
+                let waiters = state.waiters.clone();
                 self.settle(&mut state);
+                drop(state);
+                self.kick(kicks);
+                tell(&waiters);
                 true
             }
             Phase::Stopping => true,
@@ -407,6 +479,7 @@ impl Engine {
                 // The VM may have ended during the check.
                 self.require_stopped(&state)?;
                 self.report_event(&mut state, Some(event));
+                self.notify(&state);
                 return Ok(state.stop.clone());
             }
         }
@@ -431,7 +504,7 @@ impl Engine {
             seat.owes_step = seat.plan == Plan::Step;
         }
         state.phase = Phase::Running;
-        self.changed.notify_all();
+        self.let_go(state);
         Ok(())
     }
 
@@ -480,20 +553,20 @@ impl Engine {
         while state.phase != Phase::Ended && state.exclusive.is_some() {
             // Another one is inside, and may wait for this vCPU.
             self.set_outside(&mut state, own, true);
-            state = self.wait(state);
+            state = self.wait(&self.freed, state);
         }
         self.set_outside(&mut state, own, was_outside == Some(true));
         if state.phase == Phase::Ended {
             return None;
         }
         state.exclusive = Some(owner);
-        self.kick_moving(&state, own);
-        while state.phase != Phase::Ended && (0..).zip(&state.seats).any(|(n, s)| !s.stands_still() && Some(n) != own) {
-            let (next, timeout) = self.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(|e| e.into_inner());
-            state = next;
-            if timeout.timed_out() {
-                self.kick_moving(&state, own);
-            }
+        while state.phase != Phase::Ended && !state.stands_still_but(owner) {
+            let kicks = self.request(&state, |n, seat| !seat.stands_still() && own.map(|o| o as usize) != Some(n));
+            drop(state);
+            self.kick(kicks);
+            let moving = |state: &mut State| state.phase != Phase::Ended && !state.stands_still_but(owner);
+            let waited = self.still.wait_timeout_while(self.lock(), KICK_AGAIN, moving);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
         }
         let exclusive = Exclusive { engine: self, stopped: state.phase == Phase::Stopped };
         let is_over = state.phase == Phase::Ended;
@@ -501,18 +574,14 @@ impl Engine {
         (!is_over).then_some(exclusive)
     }
 
-    fn kick_moving(&self, state: &State, but: Option<u32>) {
-        for (n, _) in (0..).zip(&state.seats).filter(|(n, s)| !s.stands_still() && Some(*n) != but) {
-            self.kick(n as usize);
-        }
-    }
-
     fn set_outside(&self, state: &mut State, vcpu: Option<u32>, outside: bool) {
         if let Some(n) = vcpu
             && state.seats[n as usize].outside != outside
         {
             state.seats[n as usize].outside = outside;
-            self.changed.notify_all();
+            if outside {
+                self.has_come(state);
+            }
         }
     }
 
@@ -524,7 +593,7 @@ impl Engine {
             fn drop(&mut self) {
                 let mut state = self.0.lock();
                 while state.phase != Phase::Ended && state.exclusive.is_some() {
-                    state = self.0.wait(state);
+                    state = self.0.wait(&self.0.freed, state);
                 }
                 self.0.set_outside(&mut state, Some(self.1), false);
             }
@@ -540,11 +609,14 @@ impl Engine {
         &self,
         deadline: Option<Instant>,
         check: &mut dyn FnMut() -> Result<(), E>,
-        waiter: &Arc<EventFd>,
     ) -> Result<Option<Status>, E> {
-        self.lock().waiters.push(waiter.clone());
-        let result = self.poll(deadline, check, waiter);
-        self.lock().waiters.retain(|w| !Arc::ptr_eq(w, waiter));
+        let spare = self.lock().spare.take();
+        let waiter = spare.map_or_else(waiter, Ok)?;
+        self.add_waiter(&waiter);
+        let result = self.poll(deadline, check, &waiter);
+        let mut state = self.lock();
+        state.waiters.retain(|w| !Arc::ptr_eq(w, &waiter));
+        state.spare = Some(waiter).filter(|_| state.phase != Phase::Ended);
         result
     }
 
@@ -583,7 +655,9 @@ impl Engine {
     pub fn kick_late(&self) {
         let state = self.lock();
         if matches!(state.phase, Phase::Stopping | Phase::Ended) {
-            self.kick_running(&state, None);
+            let kicks = self.request_running(&state);
+            drop(state);
+            self.kick(kicks);
         }
     }
 }
@@ -596,6 +670,13 @@ fn interrupted(seats: &[Seat], last: u32) -> u32 {
         return last;
     }
     (0..).zip(seats).find(|(_, seat)| !holds(seat)).map_or(last, |(n, _)| n)
+}
+
+fn tell(waiters: &[Arc<EventFd>]) {
+    for waiter in waiters {
+        // Full only if nobody has read it for 2⁶⁴ changes.
+        let _ = waiter.write(1);
+    }
 }
 
 /// A descriptor that wakes one waiter.
@@ -617,6 +698,8 @@ impl Drop for Exclusive<'_> {
         let mut state = self.engine.lock();
         state.exclusive = None;
         self.engine.settle(&mut state);
+        self.engine.let_go(state);
+        self.engine.freed.notify_all();
     }
 }
 

@@ -1,5 +1,5 @@
-//! The engine's protocol, with plain threads in place of vCPUs: scripted ones for each rule, and in `stress` random ones
-//! for all together.
+//! The engine's protocol, with plain threads in place of vCPUs: scripted ones for each rule, in `orders` such that come in
+//! a rare order, and in `stress` random ones for all together.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -8,6 +8,8 @@ use std::thread::JoinHandle;
 
 use super::*;
 
+#[path = "engine_orders.rs"]
+mod orders;
 #[path = "engine_stress.rs"]
 mod stress;
 
@@ -100,7 +102,7 @@ impl World {
 
     fn status(&self, limit: Duration) -> Option<Status> {
         let deadline = Some(Instant::now() + limit);
-        self.engine.wait_for_stop(deadline, &mut || Ok::<(), Error>(()), &waiter().unwrap()).unwrap()
+        self.engine.wait_for_stop(deadline, &mut || Ok::<(), Error>(())).unwrap()
     }
 
     /// The next stop; nobody moves then.
@@ -603,7 +605,7 @@ fn test_kick_that_a_thread_misses_is_sent_again_to_whoever_waits() {
                 })
             })
             .collect();
-        let wait = || engine.wait_for_stop(None, &mut || Ok::<(), Error>(()), &waiter().unwrap()).unwrap().unwrap();
+        let wait = || engine.wait_for_stop(None, &mut || Ok::<(), Error>(())).unwrap().unwrap();
         assert!(matches!(wait(), Status::Stopped(_)));
         engine.resume(|_| Plan::Run).unwrap();
         assert!(matches!(wait(), Status::Stopped(stop) if stop.pc == 1));

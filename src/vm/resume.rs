@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::Machine;
-use crate::debug::engine::{self, End, Plan, Status};
+use crate::debug::engine::{End, Plan, Status};
 use crate::debug::stop::{Event, Stop, StopReason};
 use crate::error::{Error, Result};
 use crate::vcpu;
@@ -129,8 +129,7 @@ impl Machine {
         if vcpu::is_own_thread(self) {
             return Err(Error::VmState("a callback can't wait for the guest: return a decision instead".into()).into());
         }
-        let waiter = engine::waiter()?;
-        let mut status = self.engine.wait_for_stop(deadline, check, &waiter)?;
+        let mut status = self.engine.wait_for_stop(deadline, check)?;
         if let Some(found) = &status {
             self.flush(is_last(found), check)?;
             if self.console.callback_has_failed() {

@@ -299,9 +299,9 @@ class GdbSession(Session):
         self.gdb.console(f"target remote {server.address}")
         divisor = chance.randrange(3, 20)
         self.gdb.console(f"break *(char *)event if $rsi % {divisor} == 1")
-        self.book.add("event", lambda _, number: number % divisor == 1)
+        self.own = [self.book.add("event", lambda _, number: number % divisor == 1)]
         self.gdb.console("break *(char *)event_serial if $rdi == 0 && $rsi % 7 == 2")
-        self.book.add("event_serial", lambda vcpu, number: vcpu == 0 and number % 7 == 2)
+        self.own.append(self.book.add("event_serial", lambda vcpu, number: vcpu == 0 and number % 7 == 2))
 
     def close(self) -> None:
         self.gdb.close()
@@ -321,6 +321,16 @@ class GdbSession(Session):
             case _:
                 self.resume("-exec-continue --all", self.chance.random() ** 2 / 20)
         return self.note(exactly=False)
+
+    def note(self, *, exactly: bool = True) -> Stop:
+        """Where a vCPU stands at a breakpoint of gdb's, which it has come to when it was interrupted, gdb takes it for
+        one that was reported, and steps over it.
+        """
+        stop = super().note(exactly=exactly)
+        for interest in self.own:
+            standing = {vcpu for vcpu, (_, stands) in self.book.numbers(interest.place).items() if stands}
+            self.book.change(interest, True, vcpus=standing)
+        return stop
 
     def resume(self, command: str, patience: float) -> None:
         """Lets the guest run for so long, or to a stop of its own."""
