@@ -46,7 +46,8 @@ pub fn measure(cpus: u32, rounds: u32) -> Result<Vec<f64>> {
     }
     memory.write(CODE, &SPIN)?;
     let kvm = open_kvm()?;
-    let vm = floor::bare_vm(&kvm, &memory)?;
+    // SAFETY: `memory` is declared before the VM and its vCPUs, which are gone before it.
+    let vm = unsafe { floor::bare_vm(&kvm, &memory) }?;
     let vcpus = (0..cpus).map(|n| floor::kvm_vcpu(&kvm, &vm, n)).collect::<Result<Vec<_>>>()?;
     let crowd = Crowd {
         round: Mutex::new(0),

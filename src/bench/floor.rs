@@ -98,7 +98,8 @@ pub fn measure(backend: &str, kind: Kind, count: u64, skip: u64) -> Result<Recor
 
 fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: &mut Histogram<u32>) -> Result<()> {
     let kvm = open_kvm()?;
-    let vm = bare_vm(&kvm, memory)?;
+    // SAFETY: the caller's memory outlives this function, which drops the VM.
+    let vm = unsafe { bare_vm(&kvm, memory) }?;
     let mut vcpu = kvm_vcpu(&kvm, &vm, 0)?;
     let fd = vcpu.as_raw_fd();
     let page: *const kvm_bindings::kvm_run = vcpu.get_kvm_run();
@@ -119,8 +120,11 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
     Ok(())
 }
 
-/// A VM with that memory, which the caller keeps longer, and nothing else but interrupt controllers.
-pub(super) fn bare_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
+/// A VM with that memory and nothing else but interrupt controllers.
+///
+/// # Safety
+/// The memory is kept longer than the VM and its vCPUs.
+pub(super) unsafe fn bare_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
     let vm = create_vm(kvm)?;
     vm.set_tss_address(0xfffb_d000).map_err(failed("KVM_SET_TSS_ADDR"))?;
     let region = kvm_userspace_memory_region {
