@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from uhyve import Breakpoint, Debugger, Hit, Stop
     from uhyve.gdb_server import GdbServer
 
-pytestmark = [pytest.mark.vm]
+pytestmark = [pytest.mark.vm, pytest.mark.flaky(reruns=0)]
 
 SECONDS = float(os.environ.get("UHYVE_STRESS_SECONDS", "18"))
 SEED = int(os.environ.get("UHYVE_STRESS_SEED", "4"))

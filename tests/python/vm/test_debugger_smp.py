@@ -706,6 +706,7 @@ def test_random_commands_on_a_small_guest_keep_every_count(guest: Callable[..., 
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=0)
 @pytest.mark.timeout(SECONDS * 4 + 120)
 @CPUS
 def test_random_commands_for_a_long_time_keep_every_count(guest: Callable[..., Path], cpus: int, backend: str) -> None:
