@@ -4,6 +4,8 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any, Final, Literal, TypeAlias, final
 
+from typing_extensions import Buffer
+
 __all__ = [
     "CONDITION_OPCODES",
     "CONDITION_REGISTERS",
@@ -551,8 +553,8 @@ class Memory:
         """The same memory by guest-physical address."""
     def read(self, address: int, length: int) -> bytes:
         """``length`` bytes."""
-    def write(self, address: int, data: bytes) -> None:
-        """Writes bytes."""
+    def write(self, address: int, data: Buffer) -> None:
+        """Writes the bytes of whatever has a buffer: ``bytes``, ``array.array("I", …)``, a ``ctypes`` structure."""
     def read_cstring(self, address: int, limit: int = 4096) -> bytes:
         """The bytes up to a NUL, ``limit`` at most."""
     def translate(self, address: int) -> int | None:

@@ -224,17 +224,23 @@ fn say(error: &str) {
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Ctrl-C and a polite kill end the guest, so that what it printed comes out and its scratch directory goes.
+/// Ctrl-C, a polite kill and a terminal that goes end the guest, so that what it printed comes out and its scratch
+/// directory goes.
 fn catch_interrupts() {
     extern "C" fn interrupted(_: libc::c_int) {
         INTERRUPTED.store(true, Ordering::SeqCst);
     }
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: a zeroed sigaction is valid, and the handler only sets an atomic.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
+            let mut before: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = interrupted as *const () as usize;
-            libc::sigaction(signal, &action, std::ptr::null_mut());
+            libc::sigaction(signal, &action, &mut before);
+            // nohup's process outlives its terminal.
+            if signal == libc::SIGHUP && before.sa_sigaction == libc::SIG_IGN {
+                libc::sigaction(signal, &before, std::ptr::null_mut());
+            }
         }
     }
 }

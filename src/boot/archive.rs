@@ -267,7 +267,6 @@ cpus = 2
         bad_sum[at] ^= 1;
         assert_refused(Archive::unpack(&bad_sum, 1 << 20), "can't be unpacked");
         assert_refused(Archive::unpack(&gzip(&[b'x'; 5000]), 1 << 20), "is not a tar archive");
-        assert_refused(Archive::unpack(&gzip(&elf), 1 << 20), "is not a tar archive");
         assert_refused(Archive::unpack(&gzip(b"short"), 1 << 20), "");
         assert_refused(Archive::unpack(&gzip(&plain[..1100]), 1 << 20), "");
     }

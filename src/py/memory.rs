@@ -1,7 +1,7 @@
 //! Guest memory as Python sees it.
 
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyMemoryView};
 
 use super::errors::to_python;
 use super::hit::Reach;
@@ -13,6 +13,14 @@ use crate::paging::PagingMode;
 pub struct PyMemory {
     reach: Reach,
     is_physical: bool,
+}
+
+/// The bytes of whatever has a buffer: of an array of larger numbers all of each, not one a number.
+fn bytes_of(data: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    match data.cast::<PyBytes>() {
+        Ok(bytes) => Ok(bytes.as_bytes().to_vec()),
+        Err(_) => PyMemoryView::from(data)?.call_method0("tobytes")?.extract(),
+    }
 }
 
 impl PyMemory {
@@ -97,8 +105,8 @@ macro_rules! integers {
                 PyBytes::new_with(py, length, |buffer| self.get(address, buffer).map_err(|e| self.fault(py, e)))
             }
 
-            fn write(&self, py: Python<'_>, address: u64, data: Vec<u8>) -> PyResult<()> {
-                self.put(address, &data).map_err(|e| self.fault(py, e))
+            fn write(&self, py: Python<'_>, address: u64, data: &Bound<'_, PyAny>) -> PyResult<()> {
+                self.put(address, &bytes_of(data)?).map_err(|e| self.fault(py, e))
             }
 
             #[pyo3(signature = (address, limit = 4096))]

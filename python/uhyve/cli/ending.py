@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -25,7 +27,7 @@ EXIT_TIMEOUT = 124
 EXIT_HOST = 125
 """The host failed: no KVM, no permission, no memory."""
 EXIT_INTERRUPT = 130
-"""Ctrl-C."""
+"""Ctrl-C, SIGTERM or SIGHUP."""
 EXIT_CRASH = 134
 """The guest crashed."""
 EXIT_KILLED = 137
@@ -70,6 +72,20 @@ def prepare_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A locale without "µ" is no reason to fail.
         sys.stdout.reconfigure(errors="replace")
+
+
+def prepare_signals() -> None:
+    """Has a polite kill, and a terminal that goes, end the guest as Ctrl-C does: its scratch directory goes with it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # What is ignored, by nohup for one, stays so.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _end)
+
+
+def _end(*_signal: object) -> NoReturn:
+    # Not KeyboardInterrupt, which a prompt survives.
+    raise SystemExit(EXIT_INTERRUPT)
 
 
 def say(text: str) -> None:

@@ -403,6 +403,22 @@ def test_ctrl_c_ends_with_130(start: Callable, guest: Callable[..., Path], name:
     assert child.finish(5) == (130, text, b"")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("words", [[], ["--stats"], ["debug", "--batch"]])
+def test_kill_ends_with_130_and_leaves_no_scratch_directory(
+    start: Callable, guest: Callable[..., Path], tmp_path: Path, words: list[str], number: signal.Signals
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    child = start(*words, guest("hang"), env={"TMPDIR": str(scratch)})
+    child.read_until(b"hanging\n")
+
+    child.signal(number)
+
+    assert child.finish(LIMIT)[:2] == (130, b"hanging\n")
+    assert list(scratch.iterdir()) == []
+
+
 def test_ctrl_c_while_the_guest_waits_for_input_ends_with_130(
     start: Callable, guest: Callable[..., Path], tmp_path: Path
 ) -> None:

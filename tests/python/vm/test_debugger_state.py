@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import pytest
@@ -514,6 +515,21 @@ def test_integer_write_touches_no_neighbour(loop: Path) -> None:
         memory.write_u8(at + 12, 1)
 
         assert memory.read(at, 16) == b"\xaa" * 8 + b"\0\0\xaa\xaa\x01" + b"\xaa" * 3
+
+
+def test_write_of_what_has_a_buffer_writes_all_of_it(loop: Path) -> None:
+    numbers = array("I", [1, 2**32 - 1, 3])
+    with Vm(loop).debug() as dbg:
+        memory, at = dbg.memory, dbg.symbol("stacks")
+
+        memory.write(at, numbers)
+        memory.write(at + 12, memoryview(b"a-b-c-")[::2])
+        memory.physical.write(memory.translate(at) + 15, bytearray(b"end"))
+
+        assert memory.read(at, 18) == numbers.tobytes() + b"abcend"
+        for other in ([1, 2], 5, "text", None):
+            with pytest.raises(TypeError, match="bytes-like"):
+                memory.write(at, other)
 
 
 def test_cstring_ends_at_its_nul_its_limit_or_the_end_of_what_is_mapped(faults: Path) -> None:
