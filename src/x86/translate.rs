@@ -119,7 +119,7 @@ pub(super) fn translate<'a>(
     }
     if !ended {
         builder.ops.note(Note::default());
-        let op = builder.op(flow::go_on);
+        let op = builder.op(if is_single { flow::go_on_alone } else { flow::go_on });
         builder.ops.push(op);
     }
     builder.ops.drop_dead_flags();
