@@ -12,7 +12,7 @@ use super::string::CHUNK;
 use super::translate::{Place, Workshop, is_cut, translate};
 use super::vector::Control;
 use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
-use super::{Outcome, execute_family};
+use super::{MAX_LENGTH, Outcome, execute_family};
 use crate::memory::GuestMemory;
 use crate::registers::{RCX, Registers};
 
@@ -473,7 +473,14 @@ impl Engine {
     }
 
     /// The page into which the instruction at a place crosses. `None`: it doesn't; the error: there is none.
+    #[inline(always)]
     fn rest(&mut self, rip: u64, physical: u64) -> Result<Option<u64>, ()> {
+        if PAGE - physical % PAGE >= MAX_LENGTH as u64 { Ok(None) } else { self.rest_near_end(rip, physical) }
+    }
+
+    /// The same close to the page's end.
+    #[inline(never)]
+    fn rest_near_end(&mut self, rip: u64, physical: u64) -> Result<Option<u64>, ()> {
         // Of a lent CPU, whose code others change unseen, only what lies in one page is looked at again.
         if self.core.is_lent || !is_cut(&self.core.mmu, physical) {
             return Ok(None);
@@ -519,10 +526,8 @@ impl Engine {
         }
         self.core.mmu.note_code_page(rip);
         let Ok(rest) = self.rest(rip, physical) else { return std::ptr::null_mut() };
-        let breakpoints = &self.breakpoints;
-        let is_breakpoint = |at| breakpoints.contains(&at);
         let (place, workshop) = (Place { rip, physical, rest }, &mut self.workshop);
-        let Some(mut draft) = translate(&self.core.mmu, place, is_single, workshop, is_breakpoint) else {
+        let Some(mut draft) = translate(&self.core.mmu, place, is_single, workshop, &self.breakpoints) else {
             return std::ptr::null_mut();
         };
         if !self.core.is_lent {
