@@ -162,6 +162,7 @@ struct CodePage {
 
 /// All blocks of a CPU. Pointers to them are valid until all are dropped, which happens only between blocks; whoever keeps
 /// a pointer marks it with the MMU's generation, which the caller raises when any were dropped.
+#[derive(Default)]
 pub(super) struct Cache {
     /// Blocks, those that were dropped included.
     arena: Arena,
@@ -184,20 +185,6 @@ struct Crossing {
     /// That other page, and its version.
     page: u64,
     version: u32,
-}
-
-impl Default for Cache {
-    fn default() -> Self {
-        Self {
-            arena: Arena::default(),
-            chains: Box::default(),
-            count: 0,
-            pages: Vec::new(),
-            numbers: HashMap::default(),
-            recent: 0,
-            crossing: Vec::new(),
-        }
-    }
 }
 
 /// What follows a block in a list.
