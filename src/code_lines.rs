@@ -77,7 +77,12 @@ impl CodeLines {
     pub fn add(&self, address: u64, length: u64) -> bool {
         let Some(page) = self.page(address) else { return false };
         let from = address % PAGE;
-        let before = page.lines.fetch_or(mask(from, (from + length - 1).min(PAGE - 1)), Relaxed);
+        let bits = mask(from, (from + length - 1).min(PAGE - 1));
+        // Most lines of code hold more than one block. To look is cheaper than to change.
+        if page.lines.load(Relaxed) & bits == bits {
+            return false;
+        }
+        let before = page.lines.fetch_or(bits, Relaxed);
         if before == 0 {
             self.generation.fetch_add(1, Relaxed);
         }

@@ -12,49 +12,70 @@ const FIRST: usize = 1 << 11;
 const MOST: usize = 1 << 16;
 
 /// Values at places that do not change as long as it lives.
-#[derive(Default)]
 pub(super) struct Arena {
     chunks: Vec<Box<[Word]>>,
-    /// Words of the last chunk that are taken.
-    taken: usize,
-    /// Words of all the chunks before it.
-    before: usize,
+    /// What is free of the last chunk.
+    free: *mut Word,
+    left: usize,
+    /// Words of all the chunks.
+    size: usize,
+}
+
+impl Default for Arena {
+    fn default() -> Self {
+        Self { chunks: Vec::new(), free: std::ptr::null_mut(), left: 0, size: 0 }
+    }
 }
 
 impl Arena {
     /// Copies values to a place of their own. Returns the first.
     #[inline]
     pub fn keep<T: Copy>(&mut self, values: &[T]) -> *mut T {
-        const { assert!(align_of::<T>() <= align_of::<Word>()) };
-        let words = size_of_val(values).div_ceil(size_of::<Word>());
-        let place = self.take(words).as_mut_ptr().cast::<T>();
-        // SAFETY: so many bytes and no less were taken, aligned as T may be, and nobody else knows them.
+        if values.is_empty() {
+            return std::ptr::dangling_mut();
+        }
+        let place = self.take::<T>(size_of_val(values));
+        // SAFETY: so many bytes were taken, aligned as T may be, and nobody else knows them.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), place, values.len()) };
         place
     }
 
-    /// So many words.
-    fn take(&mut self, words: usize) -> &mut [Word] {
-        if self.chunks.last().is_none_or(|chunk| chunk.len() - self.taken < words) {
+    /// Puts a value at a place of its own.
+    #[inline]
+    pub fn put<T: Copy>(&mut self, value: T) -> *mut T {
+        let place = self.take::<T>(size_of::<T>());
+        // SAFETY: so many bytes were taken, aligned as T may be, and nobody else knows them.
+        unsafe { place.write(value) };
+        place
+    }
+
+    /// So many bytes, for values of that type.
+    #[inline]
+    fn take<T>(&mut self, bytes: usize) -> *mut T {
+        const { assert!(align_of::<T>() <= align_of::<Word>()) };
+        let words = bytes.div_ceil(size_of::<Word>());
+        if self.left < words {
             self.grow(words);
         }
-        let (from, chunk) = (self.taken, self.chunks.last_mut().expect("there is one now"));
-        self.taken += words;
-        &mut chunk[from..from + words]
+        let place = self.free;
+        // SAFETY: so many words are free behind it.
+        self.free = unsafe { place.add(words) };
+        self.left -= words;
+        place.cast()
     }
 
     #[cold]
     fn grow(&mut self, words: usize) {
         let last = self.chunks.last().map_or(0, |chunk| chunk.len());
-        let size = (2 * last).clamp(FIRST, MOST).max(words);
-        self.before += last;
-        self.taken = 0;
-        self.chunks.push(Box::new_uninit_slice(size));
+        let mut chunk = Box::new_uninit_slice((2 * last).clamp(FIRST, MOST).max(words));
+        (self.free, self.left) = (chunk.as_mut_ptr(), chunk.len());
+        self.size += chunk.len();
+        self.chunks.push(chunk);
     }
 
     /// Words that are taken, or were too few to be.
     pub fn words(&self) -> usize {
-        self.before + self.taken
+        self.size - self.left
     }
 }
 

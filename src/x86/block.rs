@@ -153,6 +153,8 @@ type Hash = BuildHasherDefault<AddressHasher>;
 
 /// The blocks of a physical page.
 struct CodePage {
+    address: u64,
+    /// What the page's was when the first of the blocks was made.
     version: u32,
     /// The first of a list.
     first: *mut Block,
@@ -160,6 +162,7 @@ struct CodePage {
 
 /// All blocks of a CPU. Pointers to them are valid until all are dropped, which happens only between blocks; whoever keeps
 /// a pointer marks it with the MMU's generation, which the caller raises when any were dropped.
+#[derive(Default)]
 pub(super) struct Cache {
     /// Blocks, those that were dropped included.
     arena: Arena,
@@ -167,7 +170,11 @@ pub(super) struct Cache {
     chains: Box<[*mut Block]>,
     /// Blocks in the chains.
     count: usize,
-    pages: HashMap<u64, CodePage, Hash>,
+    pages: Vec<CodePage>,
+    /// Their places in [`Cache::pages`], by address. A page without blocks keeps its own.
+    numbers: HashMap<u64, usize, Hash>,
+    /// The place of the page that got the last block.
+    recent: usize,
     /// Blocks that cross into another page, which is not in whose list they are.
     crossing: Vec<Crossing>,
 }
@@ -178,14 +185,6 @@ struct Crossing {
     /// That other page, and its version.
     page: u64,
     version: u32,
-}
-
-impl Default for Cache {
-    fn default() -> Self {
-        let chains = Box::default();
-        let pages = HashMap::default();
-        Self { arena: Arena::default(), chains, count: 0, pages, crossing: Vec::new() }
-    }
 }
 
 /// What follows a block in a list.
@@ -250,8 +249,8 @@ impl Cache {
         // SAFETY: the caller has it from `get`.
         let page = unsafe { (*block).physical & PAGE_MASK };
         self.take_out(block);
-        if let Some(code) = self.pages.get_mut(&page) {
-            unlink(&raw mut code.first, block, next_of_page);
+        if let Some(number) = self.numbers.get(&page) {
+            unlink(&raw mut self.pages[*number].first, block, next_of_page);
         }
         self.crossing.retain(|crossing| crossing.block != block);
     }
@@ -284,29 +283,33 @@ impl Cache {
         let Draft { place: Place { rip, physical, rest }, is_single, length, count, ops, tables, code } = *draft;
         let none = Link { block: std::ptr::null_mut(), generation: 0 };
         let arena = &mut self.arena;
-        let block = Block {
+        let first = arena.keep(ops);
+        let tables = Tables::<*const Decoded, *const VectorCall, *const VectorFn> {
+            slow: arena.keep(tables.slow),
+            vectors: arena.keep(tables.vectors),
+            functions: arena.keep(tables.functions),
+        };
+        let code = if code.is_empty() { std::ptr::null() } else { arena.keep(code) };
+        let block = arena.put(Block {
             rip,
             count,
-            first: arena.keep(ops),
+            first,
             links: [none; 2],
             length,
             physical,
             rest,
             is_single,
-            tables: Tables {
-                slow: arena.keep(tables.slow),
-                vectors: arena.keep(tables.vectors),
-                functions: arena.keep(tables.functions),
-            },
-            code: if code.is_empty() { std::ptr::null() } else { arena.keep(code) },
+            tables,
+            code,
             next: std::ptr::null_mut(),
             next_of_page: std::ptr::null_mut(),
-        };
-        let block = self.arena.keep(&[block]);
+        });
         self.put_in(block);
-        let page = physical & PAGE_MASK;
-        let of_page = || CodePage { version: lines.version(page), first: std::ptr::null_mut() };
-        let code_page = self.pages.entry(page).or_insert_with(of_page);
+        let number = self.page_number(physical & PAGE_MASK);
+        let code_page = &mut self.pages[number];
+        if code_page.first.is_null() {
+            code_page.version = lines.version(code_page.address);
+        }
         // SAFETY: the block was made just now.
         unsafe { (*block).next_of_page = std::mem::replace(&mut code_page.first, block) };
         if let Some(page) = rest {
@@ -315,12 +318,24 @@ impl Cache {
         block
     }
 
+    /// The place of a page that gets a block.
+    #[inline]
+    fn page_number(&mut self, address: u64) -> usize {
+        if self.pages.get(self.recent).is_none_or(|page| page.address != address) {
+            self.recent = *self.numbers.entry(address).or_insert_with(|| {
+                self.pages.push(CodePage { address, version: 0, first: std::ptr::null_mut() });
+                self.pages.len() - 1
+            });
+        }
+        self.recent
+    }
+
     /// Makes new chains of all blocks of the pages.
     #[cold]
     fn chain_anew(&mut self, chains: usize) {
         self.chains = vec![std::ptr::null_mut(); chains].into_boxed_slice();
         self.count = 0;
-        let firsts: Vec<*mut Block> = self.pages.values().map(|code| code.first).collect();
+        let firsts: Vec<*mut Block> = self.pages.iter().map(|code| code.first).collect();
         for mut block in firsts {
             while !block.is_null() {
                 self.put_in(block);
@@ -342,11 +357,15 @@ impl Cache {
 
     /// Drops the blocks of pages whose code has changed; true if there were any.
     pub fn drop_changed(&mut self, lines: &CodeLines) -> bool {
-        let is_changed = |(page, code): (&u64, &CodePage)| (code.version != lines.version(*page)).then_some(*page);
-        let changed: Vec<u64> = self.pages.iter().filter_map(is_changed).collect();
+        let is_changed = |page: &&mut CodePage| !page.first.is_null() && page.version != lines.version(page.address);
+        let mut changed = Vec::new();
+        let mut dropped = Vec::new();
+        for page in self.pages.iter_mut().filter(is_changed) {
+            changed.push(page.address);
+            dropped.push(std::mem::replace(&mut page.first, std::ptr::null_mut()));
+        }
         let has_changed = self.drop_crossing(lines, &changed);
-        for page in &changed {
-            let mut block = self.pages.remove(page).map_or(std::ptr::null_mut(), |code| code.first);
+        for mut block in dropped {
             while !block.is_null() {
                 self.take_out(block);
                 // SAFETY: it was in the page's list, so it is alive until the arena is cleared.
@@ -380,7 +399,7 @@ impl Cache {
         let holds = |block: &Block| addresses.iter().any(|at| at.wrapping_sub(block.rip) < block.length.max(1));
         // SAFETY: blocks in lists are alive.
         self.crossing.retain(|crossing| !holds(unsafe { &*crossing.block }));
-        for code in self.pages.values_mut() {
+        for code in &mut self.pages {
             let mut place = &raw mut code.first;
             // SAFETY: the places of a list, whose blocks are alive.
             unsafe {

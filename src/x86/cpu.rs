@@ -124,6 +124,9 @@ pub struct Cpu {
     resume: bool,
     /// Every instruction goes through the slow executor.
     is_slow: bool,
+    /// Nothing but fast single steps came since [`Cpu::steps_fast`] was true. They change nothing that it asks, and whoever
+    /// does takes this away.
+    is_stepping: bool,
     interrupt: Arc<AtomicBool>,
     io: [u8; 8],
     io_length: usize,
@@ -143,6 +146,7 @@ impl Cpu {
             hooks: None,
             resume: false,
             is_slow: false,
+            is_stepping: false,
             interrupt: Arc::default(),
             io: [0; 8],
             io_length: 0,
@@ -154,22 +158,45 @@ impl Cpu {
 
     /// Executes until an exit, at most `budget` instructions. A read that the last exit was about is completed first.
     pub fn run(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
-        if self.debug.single_step && budget > 0 && self.steps_fast(platform) && self.engine.step() {
+        if self.is_stepping && budget > 0 && !self.is_called(platform) && self.engine.step() {
             return CpuExit::SingleStep;
         }
         self.run_on(platform, budget)
     }
 
-    /// Whether there is nothing to look at before a single step but the instruction.
-    fn steps_fast(&mut self, platform: &mut dyn Platform) -> bool {
-        self.is_undisturbed()
+    /// Whether somebody outside wants something of the CPU.
+    #[inline(always)]
+    fn is_called(&self, platform: &mut dyn Platform) -> bool {
+        let state = &self.engine.core.state;
+        let takes_interrupts = state.core.registers.rflags & RFLAGS_IF != 0 && !self.debug.block_interrupts;
+        self.interrupt.load(Ordering::Relaxed)
+            || takes_interrupts && platform.pending_interrupt(state.instructions).is_some()
+    }
+
+    /// Whether there is nothing to look at before a single step but the instruction, and who calls.
+    fn steps_fast(&self) -> bool {
+        self.debug.single_step
+            && self.debug.breakpoints.is_empty()
+            && self.is_undisturbed()
             && !self.goes_slowly()
             && self.engine.core.state.pending_read.is_none()
-            && self.interrupt_to_take(platform).is_none()
+    }
+
+    /// Somebody changes what single steps depend on.
+    fn disturb(&mut self) {
+        self.is_stepping = false;
     }
 
     #[inline(never)]
     fn run_on(&mut self, platform: &mut dyn Platform, budget: u64) -> CpuExit {
+        self.is_stepping = self.steps_fast();
+        if self.is_stepping && budget > 0 && !self.is_called(platform) {
+            self.engine.load();
+            if self.engine.step() {
+                return CpuExit::SingleStep;
+            }
+        }
+        self.disturb();
         let target = self.engine.core.state.instructions.saturating_add(budget);
         if let Some(exit) = self.finish_read(platform) {
             return exit;
@@ -208,6 +235,7 @@ impl Cpu {
     /// Finishes the access that the last exit was about, without executing another instruction. `None` if nothing else
     /// came of it; a further access of the same instruction, a watchpoint or a single step is an exit.
     pub fn complete_io(&mut self, platform: &mut dyn Platform) -> Option<CpuExit> {
+        self.disturb();
         self.finish_read(platform).or_else(|| self.left_over())
     }
 
@@ -364,6 +392,7 @@ impl Cpu {
     /// Executes the instruction that `code` starts with as if it stood at RIP, where a debugger's byte covers it in
     /// memory, on a CPU that is lent. `None`: it has retired, or one part of a repeated instruction that stays at RIP.
     pub fn execute_covered(&mut self, code: &[u8]) -> Option<CpuExit> {
+        self.disturb();
         self.engine.settle();
         let mut bytes = [0; MAX_LENGTH];
         let available = code.len().min(MAX_LENGTH);
@@ -439,6 +468,7 @@ impl Cpu {
 
     /// Chooses what to look out for from the next [`Cpu::run`] on.
     pub fn set_debug(&mut self, options: DebugOptions) {
+        self.disturb();
         self.engine.core.stop_at_int3 = options.stop_at_int3;
         self.engine.core.is_stepped = options.single_step;
         self.engine.set_breakpoints(&options.breakpoints);
@@ -453,16 +483,19 @@ impl Cpu {
 
     /// The next [`Cpu::run`] executes the instruction at RIP even if a breakpoint is there (once).
     pub fn resume_from_breakpoint(&mut self) {
+        self.disturb();
         self.resume = true;
     }
 
     /// Executes every instruction by the slow executor, whose results blocks have to have: for tests and for doubts.
     pub fn set_slow(&mut self, is_slow: bool) {
+        self.disturb();
         self.is_slow = is_slow;
     }
 
     /// Sets or removes the hooks.
     pub fn set_hooks(&mut self, hooks: Option<Box<dyn Hooks>>) {
+        self.disturb();
         self.engine.core.mmu.is_traced = hooks.is_some();
         self.engine.core.mmu.flush_data();
         self.hooks = hooks;
@@ -475,6 +508,7 @@ impl Cpu {
 
     /// Sets general registers, RIP, RFLAGS. With another RIP, a read that waits for its answer is given up.
     pub fn set_registers(&mut self, registers: &Registers) {
+        self.disturb();
         self.engine.settle();
         if registers.rip != self.engine.core.state.core.registers.rip {
             self.engine.core.state.pending_read = None;
@@ -491,6 +525,7 @@ impl Cpu {
 
     /// Sets segment and control registers; cached translations are dropped as needed.
     pub fn set_system_registers(&mut self, registers: &SystemRegisters) {
+        self.disturb();
         self.engine.settle();
         self.engine.core.state.core.system = *registers;
         self.engine.core.mode_changed();
@@ -533,11 +568,13 @@ impl Cpu {
 
     /// Halts the CPU as HLT does, or wakes it.
     pub fn set_halted(&mut self, halted: bool) {
+        self.disturb();
         self.engine.core.state.halted = halted;
     }
 
     /// Delivers an exception before the next instruction.
     pub fn inject(&mut self, fault: Fault) {
+        self.disturb();
         self.engine.core.state.injected = Some(fault);
     }
 
@@ -548,6 +585,7 @@ impl Cpu {
 
     /// Sets an MSR that the CPU keeps, without the checks of WRMSR; false for one of the platform's.
     pub fn set_msr(&mut self, index: u32, value: u64) -> bool {
+        self.disturb();
         self.engine.settle();
         self.engine.core.set_msr(index, value)
     }
@@ -557,6 +595,7 @@ impl Cpu {
     /// than general registers, flags, memory, and x87 and vector registers. Code is looked at anew, since the other CPU may
     /// have changed it, and translations too.
     pub fn lend(&mut self, state: &State) {
+        self.disturb();
         self.engine.core.is_lent = true;
         self.restore(state);
     }
@@ -570,6 +609,7 @@ impl Cpu {
 
     /// Sets all architectural state.
     pub fn restore(&mut self, state: &State) {
+        self.disturb();
         self.engine.settle();
         self.engine.core.state = *state;
         self.engine.core.mode_renewed();

@@ -12,7 +12,7 @@ use super::string::CHUNK;
 use super::translate::{Place, Workshop, is_cut, translate};
 use super::vector::Control;
 use super::vector_call::{EXCEPTION_FLAGS, MXCSR_VALID};
-use super::{Outcome, execute_family};
+use super::{MAX_LENGTH, Outcome, execute_family};
 use crate::memory::GuestMemory;
 use crate::registers::{RCX, Registers};
 
@@ -189,8 +189,15 @@ impl Engine {
         self.breakpoints.contains(&address)
     }
 
+    /// Sees to it that the state is where fast operations have it.
+    pub fn load(&mut self) {
+        if !self.is_loaded {
+            self.take_registers();
+        }
+    }
+
     /// Copies the state to where fast operations have it.
-    fn load(&mut self) {
+    fn take_registers(&mut self) {
         self.is_loaded = true;
         let core = &self.core.state.core;
         self.regs[..16].copy_from_slice(&core.registers.general);
@@ -246,9 +253,7 @@ impl Engine {
     /// single step, registers and flags stay where the next one needs them until [`Engine::settle`].
     pub fn run(&mut self, budget: u64) -> Stop {
         self.check_code();
-        if !self.is_loaded {
-            self.load();
-        }
+        self.load();
         let target = self.core.state.instructions + budget;
         self.budget = budget;
         self.rip = self.core.state.core.registers.rip;
@@ -263,38 +268,51 @@ impl Engine {
     }
 
     /// Executes the instruction at RIP as [`Engine::run`] with a budget of 1 does, if that is a common one that was met
-    /// before. False: nothing is done.
-    #[inline]
+    /// before. False: nothing is done. The state is loaded, and there is no breakpoint.
+    #[inline(always)]
     pub fn step(&mut self) -> bool {
         let rip = self.core.state.core.registers.rip;
-        let known = self.singles[Self::single_slot(rip)];
+        let known = &self.singles[Self::single_slot(rip)];
         let is_known = known.rip == rip && known.generation == self.core.mmu.generation;
-        let is_current = self.core.mmu.memory.code_lines().generation() == self.seen_code;
-        if !is_known || !is_current || !self.breakpoints.is_empty() {
+        if !is_known || self.core.mmu.memory.code_lines().generation() != self.seen_code {
             return false;
-        }
-        if !self.is_loaded {
-            self.load();
         }
         self.block = known.block;
         self.regs[START] = rip;
         // SAFETY: blocks that the cache of the current generation knows are alive, and this is the first operation of the
-        // current one; the block that it returns is alive as well.
+        // current one.
         let next = unsafe {
             let first = (*known.block).first;
-            let next = ((*first).run)(self, first);
-            if next.is_null() { None } else { Some((*next).rip) }
+            ((*first).run)(self, first)
         };
-        self.take_float_flags();
-        self.core.state.core.registers.rip = match (next, self.stop) {
-            (Some(rip), _) => rip,
-            (None, Stop::Link | Stop::Lookup) => self.rip,
-            (None, Stop::Next) => self.next,
-            (None, Stop::Again) => rip,
-            (None, Stop::Redo | Stop::Breakpoint | Stop::Budget) => return false,
+        if self.host_mxcsr.is_some() {
+            self.take_float_flags();
+        }
+        self.core.state.core.registers.rip = if !next.is_null() {
+            // SAFETY: a block that the cache knows, as above.
+            unsafe { (*next).rip }
+        } else if matches!(self.stop, Stop::Link | Stop::Lookup) {
+            self.rip
+        } else {
+            match self.after_step(rip) {
+                Some(rip) => rip,
+                None => return false,
+            }
         };
         self.core.state.instructions += 1;
         true
+    }
+
+    /// Where a single step from `rip` leads that has not ended its block. `None`: nothing of it is done.
+    #[cold]
+    #[inline(never)]
+    fn after_step(&self, rip: u64) -> Option<u64> {
+        match self.stop {
+            Stop::Next => Some(self.next),
+            Stop::Again => Some(rip),
+            Stop::Link | Stop::Lookup => Some(self.rip),
+            Stop::Redo | Stop::Breakpoint | Stop::Budget => None,
+        }
     }
 
     fn run_loaded(&mut self) -> Stop {
@@ -455,7 +473,14 @@ impl Engine {
     }
 
     /// The page into which the instruction at a place crosses. `None`: it doesn't; the error: there is none.
+    #[inline(always)]
     fn rest(&mut self, rip: u64, physical: u64) -> Result<Option<u64>, ()> {
+        if PAGE - physical % PAGE >= MAX_LENGTH as u64 { Ok(None) } else { self.rest_near_end(rip, physical) }
+    }
+
+    /// The same close to the page's end.
+    #[inline(never)]
+    fn rest_near_end(&mut self, rip: u64, physical: u64) -> Result<Option<u64>, ()> {
         // Of a lent CPU, whose code others change unseen, only what lies in one page is looked at again.
         if self.core.is_lent || !is_cut(&self.core.mmu, physical) {
             return Ok(None);
@@ -501,10 +526,8 @@ impl Engine {
         }
         self.core.mmu.note_code_page(rip);
         let Ok(rest) = self.rest(rip, physical) else { return std::ptr::null_mut() };
-        let breakpoints = &self.breakpoints;
-        let is_breakpoint = |at| breakpoints.contains(&at);
         let (place, workshop) = (Place { rip, physical, rest }, &mut self.workshop);
-        let Some(mut draft) = translate(&self.core.mmu, place, is_single, workshop, is_breakpoint) else {
+        let Some(mut draft) = translate(&self.core.mmu, place, is_single, workshop, &self.breakpoints) else {
             return std::ptr::null_mut();
         };
         if !self.core.is_lent {
@@ -573,13 +596,13 @@ impl Engine {
         self.at = op;
         match outcome {
             Outcome::Done => {
-                self.load();
+                self.take_registers();
                 self.stop = Stop::Next;
                 self.next = decoded.instruction.next_ip();
                 before == self.core.mmu.memory.code_lines().generation()
             }
             Outcome::Repeat => {
-                self.load();
+                self.take_registers();
                 // Cut short by what the slow executor will find out, it has not retired.
                 self.stop = if self.regs[RCX].is_multiple_of(CHUNK) { Stop::Again } else { Stop::Redo };
                 false

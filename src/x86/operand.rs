@@ -51,7 +51,7 @@ pub(super) fn slot(register: Register) -> Option<Slot> {
     SLOTS.get(register as usize).copied().flatten()
 }
 
-/// The answers of [`slot`], by number: the builder of blocks asks for every operand.
+/// The answers of [`slot`], by number.
 static SLOTS: [Option<Slot>; Register::R15 as usize + 1] = {
     let mut slots = [None; Register::R15 as usize + 1];
     let mut n = 0;
@@ -63,7 +63,7 @@ static SLOTS: [Option<Slot>; Register::R15 as usize + 1] = {
 };
 
 /// The place of the register with that number: each size's registers follow one another.
-const fn find_slot(n: usize) -> Option<Slot> {
+pub(super) const fn find_slot(n: usize) -> Option<Slot> {
     use Register as R;
     let (first, last, index, shift, size) = if n >= R::RAX as usize {
         (R::RAX, R::R15, 0, 0, 8)

@@ -2,27 +2,31 @@
 //! changes the machine ends its block for the slow executor.
 
 mod arithmetic;
+mod families;
+mod moves;
+mod operands;
+mod templates;
 mod vectors;
 
-use iced_x86::{
-    Code, ConditionCode, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register,
-};
+use std::collections::HashSet;
+
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::MAX_LENGTH;
 use super::block::{Draft, Handler, LONGEST, Op, Tables};
 use super::core::{Decoded, shows_machine};
-use super::engine::{FS, GS, START, ZERO};
+use super::engine::ZERO;
 use super::mmu::{Mmu, PAGE};
-use super::notes::{Note, Ops, bit as of};
-use super::operand::slot;
-use super::ops::alu::{self, Form, Joined};
+use super::notes::{Note, Ops};
+use super::ops::alu::{self, Joined};
 use super::ops::locked::{Kind, locked};
-use super::ops::pair::First;
-use super::ops::{breakpoint, data, flow, redo, slow, string, system};
+use super::ops::{breakpoint, flow, redo, slow, string, system};
 use super::privileged::needs_machine;
 use super::vector::VectorFn;
 use super::vector_call::VectorCall;
-use crate::registers::{RAX, RDX};
+use arithmetic::{ARITHMETIC, SHIFTS, UNARY};
+use families::{Family, Member, member};
+use operands::{has_memory, immediate, offset, register_operand, with_memory};
 
 /// The most bytes of a block. A longer one would be rare, and all of them are copied first.
 const WINDOW: usize = 256;
@@ -35,16 +39,6 @@ enum Made {
     Nothing,
     /// An operation that ends the block.
     End,
-}
-
-/// A memory operand as operations have it.
-#[derive(Clone, Copy)]
-struct Memory {
-    base: u8,
-    index: u8,
-    scale: u8,
-    disp: i32,
-    is_indexed: bool,
 }
 
 /// Where blocks are made, one after the other.
@@ -99,7 +93,7 @@ pub(super) fn translate<'a>(
     place: Place,
     is_single: bool,
     workshop: &'a mut Workshop,
-    is_breakpoint: impl Fn(u64) -> bool,
+    breakpoints: &HashSet<u64>,
 ) -> Option<Draft<'a>> {
     let Place { rip, physical, rest } = place;
     let most = if is_single || rest.is_some() { 1 } else { LONGEST };
@@ -113,13 +107,17 @@ pub(super) fn translate<'a>(
     tables.vectors.clear();
     tables.functions.clear();
     let mut builder = Builder { rip, ops, tables, offset: 0, number: 0, before: None };
-    let ended = builder.fill(&bytes[..room], most, |at| !is_single && is_breakpoint(at));
+    let ended = if breakpoints.is_empty() || is_single {
+        builder.fill(&bytes[..room], most, |_| false)
+    } else {
+        builder.fill(&bytes[..room], most, |at| breakpoints.contains(&at))
+    };
     if builder.ops.as_slice().is_empty() && builder.number == 0 {
         return None;
     }
     if !ended {
         builder.ops.note(Note::default());
-        let op = builder.op(flow::go_on);
+        let op = builder.op(if is_single { flow::go_on_alone } else { flow::go_on });
         builder.ops.push(op);
     }
     builder.ops.drop_dead_flags();
@@ -130,53 +128,6 @@ pub(super) fn translate<'a>(
     Some(Draft { place, is_single, length: length.into(), count, ops: ops.as_slice(), tables, code })
 }
 
-/// The families of operations that the builder knows by the mnemonic alone. An instruction of one may still have a form
-/// that the family has no operation for.
-#[derive(Clone, Copy)]
-enum Family {
-    Other,
-    Branch,
-    Arithmetic,
-    Data,
-    Stack,
-    Shift,
-    Count,
-    Vector,
-}
-
-/// Families by mnemonic.
-static FAMILIES: [Family; 2048] = {
-    use Mnemonic as M;
-    let members: [(Family, &[Mnemonic]); 11] = [
-        (Family::Branch, &[M::Jmp, M::Call, M::Ret, M::Jo, M::Jno, M::Jb, M::Jae, M::Je, M::Jne, M::Jbe, M::Ja]),
-        (Family::Branch, &[M::Js, M::Jns, M::Jp, M::Jnp, M::Jl, M::Jge, M::Jle, M::Jg]),
-        (Family::Arithmetic, &[M::Add, M::Adc, M::Sub, M::Sbb, M::Cmp, M::And, M::Or, M::Xor, M::Test]),
-        (Family::Arithmetic, &[M::Inc, M::Dec, M::Neg, M::Not]),
-        (Family::Data, &[M::Mov, M::Movzx, M::Movsx, M::Movsxd, M::Lea, M::Cdqe, M::Cwde, M::Cdq, M::Cqo]),
-        (
-            Family::Data,
-            &[M::Sete, M::Setne, M::Setb, M::Setae, M::Seta, M::Setbe, M::Setl, M::Setg, M::Setle, M::Setge],
-        ),
-        (Family::Data, &[M::Cmove, M::Cmovne, M::Cmovb, M::Cmovae, M::Cmova, M::Cmovbe, M::Cmovs, M::Cmovns]),
-        (Family::Stack, &[M::Push, M::Pop, M::Leave]),
-        (Family::Shift, &[M::Shl, M::Shr, M::Sar, M::Rol, M::Ror]),
-        (Family::Count, &[M::Imul, M::Mul, M::Div, M::Idiv, M::Bswap, M::Bt]),
-        (Family::Vector, &[M::Movaps, M::Movups, M::Movdqa, M::Movdqu, M::Movd, M::Movq, M::Pxor, M::Xorps]),
-    ];
-    let mut families = [Family::Other; 2048];
-    let mut list = 0;
-    while list < members.len() {
-        let (family, mnemonics) = members[list];
-        let mut n = 0;
-        while n < mnemonics.len() {
-            families[mnemonics[n] as usize] = family;
-            n += 1;
-        }
-        list += 1;
-    }
-    families
-};
-
 struct Builder<'a> {
     rip: u64,
     ops: &'a mut Ops,
@@ -186,13 +137,15 @@ struct Builder<'a> {
     /// Instructions so far.
     number: u8,
     /// What the last operation may be joined with a branch as, with its operand size.
-    before: Option<(Joined, usize)>,
+    before: Option<(Joined, u8)>,
 }
 
 impl Builder<'_> {
     /// Decodes up to `most` instructions; true if the last ends the block.
     fn fill(&mut self, bytes: &[u8], most: usize, is_breakpoint: impl Fn(u64) -> bool) -> bool {
-        let mut decoder = Decoder::with_ip(64, bytes, self.rip, DecoderOptions::NONE);
+        // It stays where it is made: it is large.
+        let mut decoder = Decoder::try_with_ip(64, bytes, self.rip, DecoderOptions::NONE);
+        let Ok(decoder) = &mut decoder else { return false };
         let mut instruction = Instruction::default();
         while usize::from(self.number) < most && decoder.can_decode() {
             if is_breakpoint(self.rip.wrapping_add(self.offset.into())) {
@@ -208,18 +161,11 @@ impl Builder<'_> {
             if decoder.last_error() != DecoderError::None {
                 return false;
             }
-            let length = instruction.len();
-            let start = usize::from(self.offset);
-            let made = self.make(&instruction, &bytes[start..start + length]);
+            let made = self.make(&instruction, bytes);
             self.number += 1;
-            self.offset += u16::try_from(length).expect("at most 15");
+            self.offset += u16::from(instruction.len().to_le_bytes()[0]);
             match made {
-                Made::Op => {
-                    if self.ops.join() {
-                        self.before = None;
-                    }
-                    self.ops.pair();
-                }
+                Made::Op => {}
                 Made::Nothing => self.before = None,
                 Made::End => return true,
             }
@@ -253,36 +199,62 @@ impl Builder<'_> {
         }
     }
 
+    /// Makes an operation of an instruction, which stands at the current offset of the code.
     fn make(&mut self, i: &Instruction, code: &[u8]) -> Made {
         let before = self.before.take();
-        self.ops.nothing_known();
         self.common(i, before).unwrap_or_else(|| self.any(i, before, code))
     }
 
     /// What most instructions become, with few questions asked.
     #[inline(always)]
-    fn common(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<Made> {
+    fn common(&mut self, i: &Instruction, before: Option<(Joined, u8)>) -> Option<Made> {
         if i.has_lock_prefix() || i.has_rep_prefix() || i.has_repne_prefix() {
             return None;
         }
-        match FAMILIES.get(i.mnemonic() as usize)? {
-            Family::Other => return None,
-            Family::Branch => return self.branch(i, before).map(|()| Made::End),
-            Family::Arithmetic => self.arithmetic(i),
-            Family::Data => self.data(i),
+        let Member { family, number } = member(i.mnemonic());
+        match family {
+            Family::Branch => self.branch(i).map(|()| Made::End),
+            Family::Conditional => self.conditional(i, before, number).map(|()| Made::End),
+            _ => self.by_family(i, family, number).map(|()| Made::Op),
+        }
+    }
+
+    /// An operation of a family.
+    #[inline(always)]
+    fn by_family(&mut self, i: &Instruction, family: Family, number: u8) -> Option<()> {
+        let place = usize::from(number);
+        match family {
+            // All of these say what is known of them.
+            Family::Arithmetic => return self.two_operands(i, ARITHMETIC.get(place)?),
+            Family::Unary => return self.unary(i, UNARY.get(place)?),
+            Family::Move => return self.mov(i),
+            Family::Shift => return self.shifted(i, SHIFTS.get(place)?),
+            _ => self.ops.nothing_known(),
+        }
+        match family {
+            Family::Extend => self.extended(i, number != 0),
+            Family::Address => self.address(i),
+            Family::Set => self.set_if(i, number),
+            Family::MoveIf => self.move_if(i, number),
+            Family::Accumulator => self.accumulator(i),
             Family::Stack => self.stack(i),
-            Family::Shift => self.shifted(i),
             Family::Count => self.counted(i),
             Family::Vector => self.vector(i),
+            _ => None,
         }
-        .map(|()| Made::Op)
     }
 
     /// What any instruction becomes.
     #[inline(never)]
-    fn any(&mut self, i: &Instruction, before: Option<(Joined, usize)>, code: &[u8]) -> Made {
+    fn any(&mut self, i: &Instruction, before: Option<(Joined, u8)>, code: &[u8]) -> Made {
         self.ops.nothing_known();
-        if self.branch(i, before).is_some() {
+        let Member { family, number } = member(i.mnemonic());
+        let is_branch = match family {
+            Family::Conditional => self.conditional(i, before, number),
+            Family::Branch => self.branch(i),
+            _ => None,
+        };
+        if is_branch.is_some() {
             return Made::End;
         }
         if self.system(i).is_some() {
@@ -301,24 +273,35 @@ impl Builder<'_> {
         self.ops.nothing_known();
         let imm = i32::try_from(self.tables.slow.len()).expect("at most 64");
         let mut bytes = [0; MAX_LENGTH];
-        bytes[..code.len()].copy_from_slice(code);
+        let start = usize::from(self.offset);
+        bytes[..i.len()].copy_from_slice(&code[start..start + i.len()]);
         self.tables.slow.push(Decoded { instruction: *i, code: bytes });
         self.place(Op { imm, ..self.op(slow) });
         Made::Op
     }
 
-    /// Direct and indirect branches, calls and returns.
-    fn branch(&mut self, i: &Instruction, before: Option<(Joined, usize)>) -> Option<()> {
-        if i.op_count() > 0 && i.op_kind(0) == OpKind::NearBranch64 {
-            let disp = i32::try_from(i.near_branch64().wrapping_sub(self.rip).cast_signed()).ok()?;
-            // A target that wraps out of the canonical range is the slow executor's.
-            if (i.near_branch64() << 16).cast_signed() >> 16 != i.near_branch64().cast_signed() {
-                return None;
-            }
+    /// Where a direct branch leads, from the block's start.
+    #[inline(always)]
+    fn target(&self, i: &Instruction) -> Option<i32> {
+        if i.op0_kind() != OpKind::NearBranch64 {
+            return None;
+        }
+        let target = i.near_branch64();
+        // One that wraps out of the canonical range is the slow executor's.
+        if (target << 16).cast_signed() >> 16 != target.cast_signed() {
+            return None;
+        }
+        i32::try_from(target.wrapping_sub(self.rip).cast_signed()).ok()
+    }
+
+    /// Direct and indirect jumps and calls, and returns.
+    fn branch(&mut self, i: &Instruction) -> Option<()> {
+        self.ops.nothing_known();
+        if i.op_count() > 0 && i.op0_kind() == OpKind::NearBranch64 {
+            let disp = self.target(i)?;
             return match i.mnemonic() {
                 Mnemonic::Jmp => self.place(Op { disp, ..self.op(flow::jump) }),
                 Mnemonic::Call => self.place(Op { disp, ..self.op(flow::call) }),
-                _ if i.is_jcc_short_or_near() => self.conditional(i, before, disp),
                 _ => None,
             };
         }
@@ -336,54 +319,17 @@ impl Builder<'_> {
     }
 
     /// Jcc, joined with the operation before it if that can be.
-    fn conditional(&mut self, i: &Instruction, before: Option<(Joined, usize)>, disp: i32) -> Option<()> {
-        let condition = condition(i)?;
+    fn conditional(&mut self, i: &Instruction, before: Option<(Joined, u8)>, condition: u8) -> Option<()> {
+        let disp = self.target(i)?;
+        self.ops.nothing_known();
         if let Some((what, size)) = before
-            && let Some(run) = alu::joined(what, size, condition)
+            && let Some(run) = alu::joined(what, size.into(), condition)
         {
             let last = self.ops.pop().expect("there is one before");
             self.ops.note(Note { sets_flags: !matches!(what, Joined::Inc | Joined::Dec), ..Note::pure(0, 0) });
             return self.place(Op { run, disp, ..last });
         }
         self.place(Op { disp, ..self.op(flow::conditional(condition)) })
-    }
-
-    /// The memory operand, if operations can have it.
-    fn memory(&self, i: &Instruction) -> Option<Memory> {
-        let segment = match i.memory_segment() {
-            Register::FS => Some(FS),
-            Register::GS => Some(GS),
-            _ => None,
-        };
-        let wide = |register: Register| match register {
-            Register::None => Some(None),
-            r => slot(r).filter(|s| s.size == 8).map(|s| Some(s.index)),
-        };
-        let mut displacement = i.memory_displacement64();
-        let mut base;
-        let mut index = wide(i.memory_index())?;
-        let mut scale = u8::try_from(i.memory_index_scale().trailing_zeros()).ok()?;
-        if i.memory_base() == Register::RIP {
-            displacement = displacement.wrapping_sub(self.rip);
-            base = Some(START);
-        } else if i.memory_base() != Register::EIP {
-            base = wide(i.memory_base())?;
-            if base.is_none() && index.is_none() && i.memory_displ_size() == 4 {
-                return None;
-            }
-        } else {
-            return None;
-        }
-        if let Some(segment) = segment {
-            match (base, index) {
-                (None, _) => base = Some(segment),
-                (Some(_), None) => (index, scale) = (Some(segment), 0),
-                _ => return None,
-            }
-        }
-        let disp = i32::try_from(displacement.cast_signed()).ok()?;
-        let (is_indexed, index) = (index.is_some(), offset(index.unwrap_or(ZERO)));
-        Some(Memory { base: offset(base.unwrap_or(ZERO)), index, scale, disp, is_indexed })
     }
 
     /// The operation of its own that an instruction has.
@@ -394,12 +340,16 @@ impl Builder<'_> {
         if i.has_rep_prefix() && !i.has_repne_prefix() && self.repeated(i).is_some() {
             return Some(());
         }
-        self.arithmetic(i)
-            .or_else(|| self.data(i))
-            .or_else(|| self.stack(i))
-            .or_else(|| self.shifted(i))
-            .or_else(|| self.counted(i))
-            .or_else(|| self.vector(i))
+        let Member { family, number } = member(i.mnemonic());
+        match family {
+            Family::Other => self.rare(i),
+            _ => self.by_family(i, family, number),
+        }
+    }
+
+    /// An operation of none of the families.
+    fn rare(&mut self, i: &Instruction) -> Option<()> {
+        self.moved(i).or_else(|| self.shifted_without_flags(i)).or_else(|| self.counted(i)).or_else(|| self.vector(i))
     }
 
     /// What belongs to the machine and needs no more than the CPU's registers.
@@ -459,218 +409,11 @@ impl Builder<'_> {
         let op = Op { r2: register.map_or(0, |(r, _)| r), imm: imm.unwrap_or(0), ..op };
         self.place(with_memory(op, memory))
     }
-
-    /// An operation on two operands of any form.
-    #[inline(always)]
-    fn two_operands(
-        &self,
-        i: &Instruction,
-        choose: impl Fn(Form, usize, bool) -> Handler,
-    ) -> Option<(Op, Form, usize)> {
-        if let Some((r1, size)) = register_operand(i, 0) {
-            if let Some((r2, _)) = register_operand(i, 1) {
-                let form = Form::RegisterRegister;
-                return Some((Op { r1, r2, ..self.op(choose(form, size, false)) }, form, size));
-            }
-            if i.op_kind(1) == OpKind::Memory {
-                let (form, memory) = (Form::RegisterMemory, self.memory(i)?);
-                let op = Op { r1, ..self.op(choose(form, size, memory.is_indexed)) };
-                return Some((with_memory(op, memory), form, size));
-            }
-            let form = Form::RegisterImmediate;
-            return Some((Op { r1, imm: immediate(i, 1)?, ..self.op(choose(form, size, false)) }, form, size));
-        }
-        if i.op_kind(0) != OpKind::Memory {
-            return None;
-        }
-        let (memory, size) = (self.memory(i)?, i.memory_size().size());
-        if let Some((r2, _)) = register_operand(i, 1) {
-            let form = Form::MemoryRegister;
-            let op = Op { r2, ..self.op(choose(form, size, memory.is_indexed)) };
-            return Some((with_memory(op, memory), form, size));
-        }
-        let form = Form::MemoryImmediate;
-        let op = Op { imm: immediate(i, 1)?, ..self.op(choose(form, size, memory.is_indexed)) };
-        Some((with_memory(op, memory), form, size))
-    }
-
-    fn data(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
-        match i.mnemonic() {
-            M::Mov | M::Movnti => self.mov(i),
-            M::Movzx => self.extended(i, false),
-            M::Movsx | M::Movsxd => self.extended(i, true),
-            M::Lea => {
-                let (r1, size) = register_operand(i, 0)?;
-                // A segment does not count, and only a 64-bit address is known.
-                if matches!(i.memory_segment(), Register::FS | Register::GS) {
-                    return None;
-                }
-                let memory = self.memory(i)?;
-                let reads = of(memory.base) | of(memory.index) | narrow(r1, size);
-                let first = if memory.is_indexed { First::Indexed } else { First::Based };
-                let first = Some(first).filter(|_| size >= 4);
-                self.ops.note(Note { first, size: bytes(size), ..Note::pure(reads, of(r1)) });
-                self.place(with_memory(Op { r1, ..self.op(data::lea(size, memory.is_indexed)) }, memory))
-            }
-            M::Xchg => {
-                let ((r1, size), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
-                self.ops.note(Note::pure(of(r1) | of(r2), of(r1) | of(r2)));
-                self.place(Op { r1, r2, ..self.op(data::exchange(size)) })
-            }
-            M::Cdqe => self.pure(data::cdqe, RAX, RAX),
-            M::Cwde => self.pure(data::cwde, RAX, RAX),
-            M::Cdq => self.pure(data::cdq, RAX, RDX),
-            M::Cqo => self.pure(data::cqo, RAX, RDX),
-            M::Cld => self.place(self.op(data::direction)),
-            M::Std => self.place(Op { imm: 1, ..self.op(data::direction) }),
-            M::Clc => self.place(self.op(data::carry)),
-            M::Stc => self.place(Op { imm: 1, ..self.op(data::carry) }),
-            M::Cmc => self.place(self.op(data::complement_carry)),
-            _ => self.on_condition(i),
-        }
-    }
-
-    /// An operation that only works on these registers.
-    fn pure(&mut self, run: Handler, reads: usize, writes: usize) -> Option<()> {
-        self.ops.note(Note::pure(1 << reads, 1 << writes));
-        self.place(self.op(run))
-    }
-
-    fn mov(&mut self, i: &Instruction) -> Option<()> {
-        if let (Some((r1, size)), OpKind::Immediate64) = (register_operand(i, 0), i.op_kind(1)) {
-            let bytes = i.immediate64().to_le_bytes();
-            let half = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-            debug_assert_eq!(size, 8);
-            self.ops.note(Note::pure(0, of(r1)));
-            return self.place(Op { r1, imm: half(0), disp: half(4), ..self.op(data::mov_wide) });
-        }
-        let choose = |form, size, is_indexed| match form {
-            Form::RegisterRegister => data::move_register(size),
-            Form::RegisterImmediate => data::move_immediate(size),
-            Form::RegisterMemory => data::load(size, is_indexed),
-            Form::MemoryRegister => data::store(size, is_indexed),
-            Form::MemoryImmediate => data::store_immediate(size, is_indexed),
-        };
-        let (op, form, size) = self.two_operands(i, choose)?;
-        let writes = of(op.r1);
-        self.ops.note(match form {
-            Form::RegisterRegister => {
-                Note { copies: size >= 4, size: bytes(size), ..Note::pure(of(op.r2) | narrow(op.r1, size), writes) }
-            }
-            Form::RegisterImmediate => Note::pure(narrow(op.r1, size), writes),
-            _ => Note::default(),
-        });
-        self.place(op)
-    }
-
-    fn extended(&mut self, i: &Instruction, is_signed: bool) -> Option<()> {
-        let (r1, to) = register_operand(i, 0)?;
-        if let Some((r2, from)) = register_operand(i, 1) {
-            self.ops.note(Note::pure(of(r2) | narrow(r1, to), of(r1)));
-            return self.place(Op { r1, r2, ..self.op(data::extending(to, from, is_signed, None)?) });
-        }
-        let (memory, from) = (self.memory(i)?, i.memory_size().size());
-        let run = data::extending(to, from, is_signed, Some(memory.is_indexed))?;
-        self.place(with_memory(Op { r1, ..self.op(run) }, memory))
-    }
-
-    /// SETcc and CMOVcc.
-    fn on_condition(&mut self, i: &Instruction) -> Option<()> {
-        let condition = condition(i)?;
-        if i.op_count() == 1 {
-            if let Some((r1, _)) = register_operand(i, 0) {
-                self.ops.note(Note { reads_flags: true, ..Note::pure(of(r1), of(r1)) });
-                return self.place(Op { r1, ..self.op(data::set_condition(condition, false)) });
-            }
-            return self.place(with_memory(self.op(data::set_condition(condition, true)), self.memory(i)?));
-        }
-        let (r1, size) = register_operand(i, 0)?;
-        if let Some((r2, _)) = register_operand(i, 1) {
-            self.ops.note(Note { reads_flags: true, ..Note::pure(of(r1) | of(r2), of(r1)) });
-            return self.place(Op { r1, r2, ..self.op(data::conditional_move(size, condition, false)?) });
-        }
-        let op = Op { r1, ..self.op(data::conditional_move(size, condition, true)?) };
-        self.place(with_memory(op, self.memory(i)?))
-    }
-
-    fn stack(&mut self, i: &Instruction) -> Option<()> {
-        match i.code() {
-            Code::Push_r64 => self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::push_r) }),
-            Code::Pushq_imm8 | Code::Pushq_imm32 => self.place(Op { imm: immediate(i, 0)?, ..self.op(flow::push_i) }),
-            Code::Push_rm64 if has_memory(i) => self.place(with_memory(self.op(flow::push_m), self.memory(i)?)),
-            Code::Pop_r64 => self.place(Op { r1: register_operand(i, 0)?.0, ..self.op(flow::pop_r) }),
-            Code::Leaveq => self.place(self.op(flow::leave)),
-            Code::Pushfq => self.place(self.op(flow::push_flags)),
-            _ => None,
-        }
-    }
-}
-
-/// The bit of a register of which a result of that size leaves a part.
-fn narrow(register: u8, size: usize) -> u32 {
-    if size < 4 { of(register) } else { 0 }
 }
 
 /// An operand size as notes have it.
 fn bytes(size: usize) -> u8 {
     u8::try_from(size).expect("at most 8")
-}
-
-/// Byte offset of a register in the engine's.
-fn offset(register: usize) -> u8 {
-    u8::try_from(8 * register).expect("there are twenty")
-}
-
-/// Byte offset and size of a general register that an operand names.
-fn register_operand(i: &Instruction, operand: u32) -> Option<(u8, usize)> {
-    // What an instruction has not got is no register: there is no need to count.
-    if i.op_kind(operand) != OpKind::Register {
-        return None;
-    }
-    let place = slot(i.op_register(operand))?;
-    Some((offset(place.index) + u8::from(place.shift == 8), place.size))
-}
-
-fn has_memory(i: &Instruction) -> bool {
-    i.op_kinds().any(|kind| kind == OpKind::Memory)
-}
-
-/// An immediate that fits 32 bits, sign-extended.
-fn immediate(i: &Instruction, operand: u32) -> Option<i32> {
-    let value = i.try_immediate(operand).ok()?.cast_signed();
-    // Of a 32-bit operation the low half alone counts.
-    let is_narrow = matches!(i.op_kind(operand), OpKind::Immediate8 | OpKind::Immediate16 | OpKind::Immediate32);
-    if is_narrow { Some((value & 0xffff_ffff) as u32 as i32) } else { i32::try_from(value).ok() }
-}
-
-#[inline(always)]
-fn with_memory(op: Op, memory: Memory) -> Op {
-    let Memory { base, index, scale, disp, .. } = memory;
-    Op { base, index, scale, disp, ..op }
-}
-
-/// A condition's number in opcodes.
-fn condition(i: &Instruction) -> Option<u8> {
-    Some(match i.condition_code() {
-        ConditionCode::None => return None,
-        ConditionCode::o => 0,
-        ConditionCode::no => 1,
-        ConditionCode::b => 2,
-        ConditionCode::ae => 3,
-        ConditionCode::e => 4,
-        ConditionCode::ne => 5,
-        ConditionCode::be => 6,
-        ConditionCode::a => 7,
-        ConditionCode::s => 8,
-        ConditionCode::ns => 9,
-        ConditionCode::p => 10,
-        ConditionCode::np => 11,
-        ConditionCode::l => 12,
-        ConditionCode::ge => 13,
-        ConditionCode::le => 14,
-        ConditionCode::g => 15,
-    })
 }
 
 /// NOPs and hints.

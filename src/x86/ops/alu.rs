@@ -161,32 +161,9 @@ unsafe fn mi<O: Alu, T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut 
     next!(e, op)
 }
 
-/// Where the two operands are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in super::super) enum Form {
-    RegisterRegister,
-    RegisterImmediate,
-    RegisterMemory,
-    MemoryRegister,
-    MemoryImmediate,
-}
-
-/// Rows of [`Forms`].
+/// Rows of [`Forms`]: two registers, a register and an immediate, a register and memory, memory and a register, memory
+/// and an immediate; of those with memory, the second one of each is for an address with an index.
 const FORMS: usize = 8;
-
-impl Form {
-    /// Its row in [`Forms`].
-    #[inline(always)]
-    pub fn index(self, is_indexed: bool) -> usize {
-        match self {
-            Self::RegisterRegister => 0,
-            Self::RegisterImmediate => 1,
-            Self::RegisterMemory => 2 + usize::from(is_indexed),
-            Self::MemoryRegister => 4 + usize::from(is_indexed),
-            Self::MemoryImmediate => 6 + usize::from(is_indexed),
-        }
-    }
-}
 
 /// Chooses a function by operand size. It is looked up: which one it will be is nothing that a host's CPU could foresee.
 macro_rules! by_size {
@@ -215,7 +192,7 @@ pub(in super::super) fn size_index(size: usize) -> usize {
     size.trailing_zeros() as usize & 3
 }
 
-/// The functions for an operation, by [`Form::index`] and [`size_index`].
+/// The functions for an operation, by form and [`size_index`].
 pub(in super::super) type Forms = [[Handler; 4]; FORMS];
 
 /// The functions for an arithmetic instruction.
@@ -228,7 +205,7 @@ pub(in super::super) struct Functions {
 }
 
 /// The functions for an operation with its first operand apart from where the result goes: on a register or an immediate,
-/// of 4 or 8 bytes, with flags or without.
+/// of 4 or 8 bytes, with flags and without.
 pub(in super::super) type Apart = [[[Handler; 2]; 2]; 2];
 
 /// The functions for operation `O`.
@@ -259,15 +236,6 @@ pub(in super::super) const fn functions<O: Alu>() -> Functions {
 /// The functions for an operation that has none.
 pub(in super::super) const fn comparisons<O: Alu>() -> Functions {
     Functions { all: &Table::<O>::ALL, quiet: None }
-}
-
-/// The functions for an operation with its first operand apart, with flags and without.
-pub(in super::super) fn apart(table: &Apart, form: Form, size: usize) -> Option<(Handler, Handler)> {
-    if size < 4 || !matches!(form, Form::RegisterRegister | Form::RegisterImmediate) {
-        return None;
-    }
-    let [loud, quiet] = table[usize::from(form == Form::RegisterImmediate)][usize::from(size == 8)];
-    Some((loud, quiet))
 }
 
 /// What is computed of one operand.
@@ -302,15 +270,6 @@ impl<O: Unary> Unary for Quiet<O> {
     }
 }
 
-/// The function for an operation on a register without flags.
-pub(in super::super) fn unary_quiet<O: Unary>(size: usize) -> Option<Handler> {
-    match size {
-        4 => Some(unary_r::<Quiet<O>, u32>),
-        8 => Some(unary_r::<Quiet<O>, u64>),
-        _ => None,
-    }
-}
-
 /// Sets all flags but CF. `out` are the carries out of each bit.
 #[inline(always)]
 fn keeping_carry<T: Int>(flags: &mut Lazy, out: T, r: T) -> T {
@@ -336,9 +295,20 @@ unsafe fn unary_m<O: Unary, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block
     next!(e, op)
 }
 
-/// The function for an operation on a register or in memory.
-pub(in super::super) fn unary<O: Unary>(is_memory: bool, size: usize) -> Handler {
-    if is_memory { by_size!(size, unary_m, O;) } else { by_size!(size, unary_r, O;) }
+/// The functions for an operation on one operand.
+pub(in super::super) struct UnaryFunctions {
+    pub of_register: [Handler; 4],
+    /// The same without flags.
+    pub quiet: [Handler; 4],
+    pub of_memory: [Handler; 4],
+}
+
+pub(in super::super) const fn unary_functions<O: Unary>() -> UnaryFunctions {
+    UnaryFunctions {
+        of_register: sizes!(unary_r, O;),
+        quiet: sizes!(unary_r, Quiet<O>;),
+        of_memory: sizes!(unary_m, O;),
+    }
 }
 
 /// Whether condition `C` holds after `a - b`. Conditions of one flag alone come from the flags.

@@ -3,7 +3,7 @@
 
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
-use super::alu::{by_condition, by_size, holds};
+use super::alu::{Forms, by_condition, by_size, holds, sizes};
 use super::int::Int;
 use super::{Address, Based, Indexed, find, next, reg, set};
 
@@ -46,30 +46,17 @@ unsafe fn mov_mi<T: Int, A: Address>(e: &mut Engine, op: *const Op) -> *mut Bloc
     next!(e, op)
 }
 
-/// MOV between registers.
-pub(in super::super) fn move_register(size: usize) -> Handler {
-    by_size!(size, mov_rr;)
-}
-
-/// MOV of an immediate of at most 32 bits, sign-extended.
-pub(in super::super) fn move_immediate(size: usize) -> Handler {
-    by_size!(size, mov_ri;)
-}
-
-/// MOV from memory.
-pub(in super::super) fn load(size: usize, is_indexed: bool) -> Handler {
-    if is_indexed { by_size!(size, mov_rm; Indexed) } else { by_size!(size, mov_rm; Based) }
-}
-
-/// MOV to memory.
-pub(in super::super) fn store(size: usize, is_indexed: bool) -> Handler {
-    if is_indexed { by_size!(size, mov_mr; Indexed) } else { by_size!(size, mov_mr; Based) }
-}
-
-/// MOV of an immediate to memory.
-pub(in super::super) fn store_immediate(size: usize, is_indexed: bool) -> Handler {
-    if is_indexed { by_size!(size, mov_mi; Indexed) } else { by_size!(size, mov_mi; Based) }
-}
+/// The functions for MOV, but of an immediate that needs 64 bits.
+pub(in super::super) const MOVES: Forms = [
+    sizes!(mov_rr;),
+    sizes!(mov_ri;),
+    sizes!(mov_rm; Based),
+    sizes!(mov_rm; Indexed),
+    sizes!(mov_mr; Based),
+    sizes!(mov_mr; Indexed),
+    sizes!(mov_mi; Based),
+    sizes!(mov_mi; Indexed),
+];
 
 /// Extends `F` to `T`.
 #[inline(always)]

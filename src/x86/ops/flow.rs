@@ -56,6 +56,12 @@ pub(in super::super) unsafe fn go_on(e: &mut Engine, _op: *const Op) -> *mut Blo
     fall_through(e)
 }
 
+/// Ends the block of one instruction, which has no links.
+pub(in super::super) unsafe fn go_on_alone(e: &mut Engine, _op: *const Op) -> *mut Block {
+    (e.rip, e.stop) = (end(e), Stop::Link);
+    std::ptr::null_mut()
+}
+
 /// JMP to a relative address.
 pub(in super::super) unsafe fn jump(e: &mut Engine, op: *const Op) -> *mut Block {
     take(e, (*op).disp)

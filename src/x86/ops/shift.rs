@@ -3,7 +3,7 @@
 use super::super::block::{Block, Handler, Op};
 use super::super::engine::Engine;
 use super::super::lazy::Lazy;
-use super::alu::{Quiet, by_size};
+use super::alu::{Quiet, sizes};
 use super::int::Int;
 use super::{next, reg, set};
 
@@ -118,37 +118,41 @@ unsafe fn by_cl<S: Shift, T: Int>(e: &mut Engine, op: *const Op) -> *mut Block {
     next!(e, op)
 }
 
-/// By an immediate of 1 to the width minus 1.
-pub(in super::super) fn immediate<S: Shift>(size: usize) -> Handler {
-    by_size!(size, by_immediate, S;)
+/// The functions for a shift, by [`size_index`](super::alu::size_index).
+pub(in super::super) struct Functions {
+    /// By an immediate of 1 to the width minus 1.
+    pub immediate: [Handler; 4],
+    /// By CL; only of 4 and 8 bytes, whose width is the count's modulus.
+    pub by_cl: [Option<Handler>; 4],
+    /// The same without flags.
+    pub by_cl_quiet: [Option<Handler>; 4],
+    /// Others for a shift by an immediate, of 4 and 8 bytes.
+    pub variants: [Option<Variants>; 4],
 }
 
-/// By CL; only of 4 and 8 bytes, whose width is the count's modulus.
-pub(in super::super) fn variable<S: Shift>(size: usize) -> Option<Handler> {
-    match size {
-        4 => Some(by_cl::<S, u32>),
-        8 => Some(by_cl::<S, u64>),
-        _ => None,
-    }
+/// The functions for a shift by an immediate, but the plain one.
+pub(in super::super) struct Variants {
+    /// Without flags.
+    pub quiet: Handler,
+    /// Of a register to another, with flags and without.
+    pub apart: [Handler; 2],
 }
 
-/// The functions for a shift by an immediate: without flags; of a register to another, with flags and without.
-pub(in super::super) fn variants<S: Shift>(size: usize) -> Option<(Handler, Handler, Handler)> {
-    macro_rules! of {
+pub(in super::super) const fn functions<S: Shift>() -> Functions {
+    macro_rules! variants {
         ($int:ty) => {
-            (by_immediate::<Quiet<S>, $int>, by_immediate_apart::<S, $int>, by_immediate_apart::<Quiet<S>, $int>)
+            Some(Variants {
+                quiet: by_immediate::<Quiet<S>, $int>,
+                apart: [by_immediate_apart::<S, $int>, by_immediate_apart::<Quiet<S>, $int>],
+            })
         };
     }
-    match size {
-        4 => Some(of!(u32)),
-        8 => Some(of!(u64)),
-        _ => None,
+    Functions {
+        immediate: sizes!(by_immediate, S;),
+        by_cl: [None, None, Some(by_cl::<S, u32>), Some(by_cl::<S, u64>)],
+        by_cl_quiet: [None, None, Some(by_cl::<Quiet<S>, u32>), Some(by_cl::<Quiet<S>, u64>)],
+        variants: [None, None, variants!(u32), variants!(u64)],
     }
-}
-
-/// The function for a shift by CL without flags.
-pub(in super::super) fn variable_quiet<S: Shift>(size: usize) -> Option<Handler> {
-    variable::<Quiet<S>>(size)
 }
 
 /// SHLX, SHRX and SARX: r1 = r2 shifted by the register at byte offset `base`, and no flags.

@@ -9,11 +9,11 @@ use crate::x86::{CpuExit, State};
 /// Memory that instructions work on.
 const LENGTH: usize = 0x3000;
 
-fn rounds(default: u64) -> u64 {
+pub fn rounds(default: u64) -> u64 {
     std::env::var("UHYVE_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-fn randomise(random: &mut Random, state: &mut State) {
+pub fn randomise(random: &mut Random, state: &mut State) {
     for register in &mut state.core.registers.general {
         *register = match random.below(4) {
             0 => random.value(),
@@ -126,7 +126,7 @@ fn test_arbitrary_bytes_and_states_do_no_harm() {
 }
 
 /// A short instruction on two of four registers, of 4 or 8 bytes; now and then one that may stop a block.
-fn common_instruction(random: &mut Random) -> Vec<u8> {
+pub fn common_instruction(random: &mut Random) -> Vec<u8> {
     let wide = 0x40 | (random.next() as u8 & 1) << 3;
     let (a, b) = (random.below(4) as u8, random.below(4) as u8);
     let both = 0xc0 | b << 3 | a;

@@ -12,6 +12,7 @@ mod lent;
 mod machine;
 mod native;
 mod random;
+mod stepping;
 mod system;
 mod translation;
 mod vectors;

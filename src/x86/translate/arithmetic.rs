@@ -3,150 +3,152 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::super::block::{Handler, Op};
-use super::super::engine::ZERO;
 use super::super::notes::{Note, bit as of};
-use super::super::ops::alu::{self, Form, Functions, Joined, comparisons, functions};
+use super::super::ops::alu::{
+    self, Functions, Joined, UnaryFunctions, comparisons, functions, size_index, unary_functions,
+};
 use super::super::ops::pair::{First, Second};
 use super::super::ops::{bit, multiply, shift};
-use super::{Builder, bytes, immediate, offset, register_operand, with_memory};
+use super::Builder;
+use super::operands::{immediate, register_operand, with_memory};
+use super::templates::{self, Template, Templates};
 use crate::registers::RCX;
 
-/// An arithmetic instruction with two operands.
-struct Arithmetic {
-    functions: Functions,
-    /// What it may be joined with a branch as, if it is on registers alone, or on a register and an immediate.
-    joined: [Option<Joined>; 2],
-    reads_flags: bool,
-    /// What it may be in a pair, if it is on registers alone.
-    second: Option<Second>,
-}
-
 /// One that can be joined with a branch only as a comparison with an immediate can, or not at all.
-const fn plain(functions: Functions, joined: Option<Joined>, second: Second) -> Arithmetic {
-    Arithmetic { functions, joined: [None, joined], reads_flags: false, second: Some(second) }
+const fn plain(functions: Functions, joined: Option<Joined>, second: Second) -> Templates {
+    templates::arithmetic(functions, [None, joined], false, Some(second))
 }
 
-const fn with_carry(functions: Functions) -> Arithmetic {
-    Arithmetic { functions, joined: [None; 2], reads_flags: true, second: None }
+const fn with_carry(functions: Functions) -> Templates {
+    templates::arithmetic(functions, [None; 2], true, None)
 }
 
-const fn comparison(functions: Functions, of_registers: Joined, with_immediate: Joined) -> Arithmetic {
-    let joined = [Some(of_registers), Some(with_immediate)];
-    Arithmetic { functions, joined, reads_flags: false, second: None }
+const fn comparison(functions: Functions, of_registers: Joined, with_immediate: Joined) -> Templates {
+    templates::arithmetic(functions, [Some(of_registers), Some(with_immediate)], false, None)
 }
 
-static ADD: Arithmetic = plain(functions::<alu::Add>(), Some(Joined::AddImmediate), Second::Add);
-static ADC: Arithmetic = with_carry(functions::<alu::Adc>());
-static SUB: Arithmetic = plain(functions::<alu::Sub>(), Some(Joined::SubImmediate), Second::Sub);
-static SBB: Arithmetic = with_carry(functions::<alu::Sbb>());
-static AND: Arithmetic = plain(functions::<alu::And>(), None, Second::And);
-static OR: Arithmetic = plain(functions::<alu::Or>(), None, Second::Or);
-static XOR: Arithmetic = plain(functions::<alu::Xor>(), None, Second::Xor);
-static CMP: Arithmetic = comparison(comparisons::<alu::Cmp>(), Joined::CmpRegister, Joined::CmpImmediate);
-static TEST: Arithmetic = comparison(comparisons::<alu::Test>(), Joined::TestRegister, Joined::TestImmediate);
+/// In the order of [`families`](super::families).
+pub(super) static ARITHMETIC: [Templates; 9] = [
+    plain(functions::<alu::Add>(), Some(Joined::AddImmediate), Second::Add),
+    with_carry(functions::<alu::Adc>()),
+    plain(functions::<alu::Sub>(), Some(Joined::SubImmediate), Second::Sub),
+    with_carry(functions::<alu::Sbb>()),
+    plain(functions::<alu::And>(), None, Second::And),
+    plain(functions::<alu::Or>(), None, Second::Or),
+    plain(functions::<alu::Xor>(), None, Second::Xor),
+    comparison(comparisons::<alu::Cmp>(), Joined::CmpRegister, Joined::CmpImmediate),
+    comparison(comparisons::<alu::Test>(), Joined::TestRegister, Joined::TestImmediate),
+];
+
+/// An arithmetic instruction with one operand.
+pub(super) struct Unary {
+    of_register: [Template; 4],
+    of_memory: [Handler; 4],
+}
+
+const fn unary<O: alu::Unary>(joined: Option<Joined>, sets_flags: bool) -> Unary {
+    let UnaryFunctions { of_register, quiet, of_memory } = unary_functions::<O>();
+    let mut templates = [Template::of_register(of_register[0], Note::NOTHING, None); 4];
+    let mut column = 0;
+    while column < 4 {
+        let note = Note { quiet: Some(quiet[column]), sets_flags, ..Note::NOTHING };
+        let joined = match joined {
+            Some(joined) => Some((joined, 1 << column)),
+            None => None,
+        };
+        templates[column] = Template::of_register(of_register[column], note, joined);
+        column += 1;
+    }
+    Unary { of_register: templates, of_memory }
+}
+
+/// In the order of [`families`](super::families).
+pub(super) static UNARY: [Unary; 4] = [
+    unary::<alu::Inc>(Some(Joined::Inc), false),
+    unary::<alu::Dec>(Some(Joined::Dec), false),
+    unary::<alu::Neg>(None, true),
+    unary::<alu::Invert>(None, false),
+];
+
+/// A shift or rotation.
+pub(super) struct Shifting {
+    /// By an immediate of 1 to the width minus 1.
+    by_immediate: [Template; 4],
+    /// By CL.
+    by_cl: [Option<Handler>; 4],
+    by_cl_quiet: [Option<Handler>; 4],
+}
+
+/// `first` is what it is in a pair, with the value that it shifts in `base`.
+const fn shifting<S: shift::Shift>(first: First, sets_flags: bool) -> Shifting {
+    let functions: &'static shift::Functions = const { &shift::functions::<S>() };
+    let mut templates = [Template::of_register(functions.immediate[0], Note::NOTHING, None); 4];
+    let mut column = 0;
+    while column < 4 {
+        let mut note = Note { sets_flags, size: 1 << column, ..Note::NOTHING };
+        if let Some(variants) = &functions.variants[column] {
+            note.quiet = Some(variants.quiet);
+            note.apart = Some(&variants.apart);
+            note.first = Some(first);
+        }
+        templates[column] = Template::of_register(functions.immediate[column], note, None);
+        column += 1;
+    }
+    Shifting { by_immediate: templates, by_cl: functions.by_cl, by_cl_quiet: functions.by_cl_quiet }
+}
+
+/// In the order of [`families`](super::families).
+pub(super) static SHIFTS: [Shifting; 5] = [
+    shifting::<shift::Shl>(First::Shl, true),
+    shifting::<shift::Shr>(First::Shr, true),
+    shifting::<shift::Sar>(First::Sar, true),
+    shifting::<shift::Rol>(First::Rol, false),
+    shifting::<shift::Ror>(First::Ror, false),
+];
 
 impl Builder<'_> {
-    pub(super) fn arithmetic(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
-        let which = match i.mnemonic() {
-            M::Add => &ADD,
-            M::Adc => &ADC,
-            M::Sub => &SUB,
-            M::Sbb => &SBB,
-            M::Cmp => &CMP,
-            M::And => &AND,
-            M::Or => &OR,
-            M::Xor => &XOR,
-            M::Test => &TEST,
-            M::Inc => return self.unary(i, alu::unary::<alu::Inc>, alu::unary_quiet::<alu::Inc>, Some(Joined::Inc)),
-            M::Dec => return self.unary(i, alu::unary::<alu::Dec>, alu::unary_quiet::<alu::Dec>, Some(Joined::Dec)),
-            M::Neg => return self.unary(i, alu::unary::<alu::Neg>, alu::unary_quiet::<alu::Neg>, None),
-            M::Not => return self.unary(i, alu::unary::<alu::Invert>, |_| None, None),
-            _ => return None,
-        };
-        let Functions { all, quiet } = which.functions;
-        let choose = |form: Form, size, is_indexed| all[form.index(is_indexed)][alu::size_index(size)];
-        let (op, form, size) = self.two_operands(i, choose)?;
-        let row = form.index(op.index != offset(ZERO));
-        let reads = of(op.r1) | if form == Form::RegisterRegister { of(op.r2) } else { 0 };
-        let writes = if quiet.is_some() { of(op.r1) } else { 0 };
-        self.ops.note(Note {
-            quiet: quiet.map(|(quiet, _)| quiet[row][alu::size_index(size)]),
-            apart: quiet.and_then(|(_, apart)| alu::apart(apart, form, size)),
-            sets_flags: true,
-            reads_flags: which.reads_flags,
-            is_pure: matches!(form, Form::RegisterRegister | Form::RegisterImmediate),
-            size: bytes(size),
-            second: which.second.filter(|_| form == Form::RegisterRegister && size >= 4),
-            ..Note::pure(reads, writes)
-        });
-        self.before = which.joined.get(row).copied().flatten().map(|joined| (joined, size));
-        self.place(op)
-    }
-
-    fn unary(
-        &mut self,
-        i: &Instruction,
-        choose: fn(bool, usize) -> Handler,
-        quiet: fn(usize) -> Option<Handler>,
-        joined: Option<Joined>,
-    ) -> Option<()> {
+    pub(super) fn unary(&mut self, i: &Instruction, which: &'static Unary) -> Option<()> {
         if let Some((r1, size)) = register_operand(i, 0) {
-            self.before = joined.map(|joined| (joined, size));
-            self.ops.note(Note {
-                quiet: quiet(size),
-                sets_flags: i.mnemonic() == Mnemonic::Neg,
-                ..Note::pure(of(r1), of(r1))
-            });
-            return self.place(Op { r1, ..self.op(choose(false, size)) });
+            let template = &which.of_register[size_index(size)];
+            return self.place_as(template, Op { r1, ..self.op(template.run) });
         }
-        self.place(with_memory(self.op(choose(true, i.memory_size().size())), self.memory(i)?))
+        self.ops.nothing_known();
+        let run = which.of_memory[size_index(i.memory_size().size())];
+        self.place(with_memory(self.op(run), self.memory(i)?))
     }
 
-    pub(super) fn shifted(&mut self, i: &Instruction) -> Option<()> {
-        use Mnemonic as M;
+    pub(super) fn shifted(&mut self, i: &Instruction, which: &'static Shifting) -> Option<()> {
         let (r1, size) = register_operand(i, 0)?;
-        let choose: Shifting = match i.mnemonic() {
-            M::Shl | M::Sal => shifting::<shift::Shl>(First::Shl),
-            M::Shr => shifting::<shift::Shr>(First::Shr),
-            M::Sar => shifting::<shift::Sar>(First::Sar),
-            M::Rol => shifting::<shift::Rol>(First::Rol),
-            M::Ror => shifting::<shift::Ror>(First::Ror),
-            M::Shlx => return self.shift_without_flags(i, 0),
-            M::Shrx => return self.shift_without_flags(i, 1),
-            M::Sarx => return self.shift_without_flags(i, 2),
-            M::Rorx => {
-                let (r2, _) = register_operand(i, 1)?;
-                self.ops.note(Note::pure(of(r2), of(r1)));
-                return self.place(Op {
-                    r1,
-                    r2,
-                    imm: i.immediate8().into(),
-                    ..self.op(shift::rotate_without_flags(size))
-                });
-            }
-            _ => return None,
-        };
-        if i.op_kind(1) == OpKind::Register {
+        let column = size_index(size);
+        if i.op1_kind() == OpKind::Register {
             let note = Note::pure(of(r1) | 1 << RCX, of(r1));
-            self.ops.note(Note { quiet: (choose.by_cl_quiet)(size), ..note });
-            return self.place(Op { r1, ..self.op((choose.by_cl)(size)?) });
+            self.ops.note(Note { quiet: which.by_cl_quiet[column], ..note });
+            return self.place(Op { r1, ..self.op(which.by_cl[column]?) });
         }
         let count = i.immediate8() & if size == 8 { 63 } else { 31 };
         if count == 0 || usize::from(count) >= 8 * size {
             return None;
         }
-        let variants = (choose.variants)(size);
-        self.ops.note(Note {
-            quiet: variants.map(|(quiet, ..)| quiet),
-            apart: variants.map(|(_, apart, quiet)| (apart, quiet)),
-            size: bytes(size),
-            sets_flags: !matches!(i.mnemonic(), M::Rol | M::Ror),
-            first: Some(choose.first).filter(|_| size >= 4),
-            ..Note::pure(of(r1), of(r1))
-        });
+        let template = &which.by_immediate[column];
         // The base is r1 unless a copy is joined with the shift.
-        self.place(Op { r1, base: r1, imm: count.into(), ..self.op((choose.by_immediate)(size)) })
+        self.place_as(template, Op { r1, base: r1, imm: count.into(), ..self.op(template.run) })
+    }
+
+    /// Shifts of BMI2.
+    pub(super) fn shifted_without_flags(&mut self, i: &Instruction) -> Option<()> {
+        use Mnemonic as M;
+        match i.mnemonic() {
+            M::Shlx => self.shift_without_flags(i, 0),
+            M::Shrx => self.shift_without_flags(i, 1),
+            M::Sarx => self.shift_without_flags(i, 2),
+            M::Rorx => {
+                let ((r1, size), (r2, _)) = (register_operand(i, 0)?, register_operand(i, 1)?);
+                self.ops.note(Note::pure(of(r2), of(r1)));
+                let run = shift::rotate_without_flags(size);
+                self.place(Op { r1, r2, imm: i.immediate8().into(), ..self.op(run) })
+            }
+            _ => None,
+        }
     }
 
     fn shift_without_flags(&mut self, i: &Instruction, kind: u8) -> Option<()> {
@@ -225,25 +227,5 @@ impl Builder<'_> {
         // BSF and BSR may leave their destination as it is.
         self.ops.note(Note::pure(of(r1) | of(r2), of(r1)));
         self.place(Op { r1, r2, ..self.op(bit::bit_count(kind, size)?) })
-    }
-}
-
-/// The functions for a shift, by size.
-struct Shifting {
-    /// What it is in a pair, with the value that it shifts in `base`.
-    first: First,
-    by_immediate: fn(usize) -> Handler,
-    variants: fn(usize) -> Option<(Handler, Handler, Handler)>,
-    by_cl: fn(usize) -> Option<Handler>,
-    by_cl_quiet: fn(usize) -> Option<Handler>,
-}
-
-fn shifting<S: shift::Shift>(first: First) -> Shifting {
-    Shifting {
-        first,
-        by_immediate: shift::immediate::<S>,
-        variants: shift::variants::<S>,
-        by_cl: shift::variable::<S>,
-        by_cl_quiet: shift::variable_quiet::<S>,
     }
 }

@@ -6,7 +6,8 @@ use super::super::block::Op;
 use super::super::operand::slot;
 use super::super::ops::vector::{self, FloatSource};
 use super::super::vector_call::{Destination, Source, VectorCall};
-use super::{Builder, has_memory, offset, register_operand, with_memory};
+use super::Builder;
+use super::operands::{has_memory, offset, register_operand, with_memory};
 
 impl Builder<'_> {
     pub(super) fn vector(&mut self, i: &Instruction) -> Option<()> {
