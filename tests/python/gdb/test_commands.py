@@ -383,13 +383,10 @@ def test_steps_without_a_lock_let_the_others_go_on(serve: Callable[..., Served],
     gdb = served.gdb()
     run_to(gdb, "pass if $rdi == 0")
     gdb.console("set scheduler-locking off")
-    # The token comes back only if all the others have passed it on.
-    for _ in range(300):
+    # The token comes back only if all the others have passed it on. A step is short: a busy host may run none of them.
+    while served.word("passes") <= cpus:
         run(gdb, "next")
         assert stopped_vcpu(served) == 0
-        if served.word("passes") > cpus:
-            break
-    assert served.word("passes") > cpus
 
 
 def test_breakpoint_of_one_thread_is_met_by_that_alone(serve: Callable[..., Served]) -> None:
