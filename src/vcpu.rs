@@ -224,7 +224,7 @@ impl<'a> Seat<'a> {
             return self.burst_after(exit, time);
         }
         if flow == Flow::Continue && self.machine.judges_in_software() {
-            return self.burst_after_hit();
+            return self.burst_after_hit(exit);
         }
         Ok(flow)
     }

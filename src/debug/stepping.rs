@@ -161,7 +161,7 @@ impl Seat<'_> {
         self.look_for_stepped()
     }
 
-    fn look_for_stepped(&mut self) -> Result<Flow> {
+    pub(super) fn look_for_stepped(&mut self) -> Result<Flow> {
         if !self.context().debug.single_step {
             return Ok(Flow::Continue);
         }
@@ -237,7 +237,7 @@ impl Seat<'_> {
         }
         if let (Some(predicate), None) = (&condition.predicate, &failure) {
             self.settle_io()?;
-            self.bring_state_for_callable()?;
+            self.bring_state_back()?;
             let alive = Arc::new(AtomicBool::new(true));
             let hit = Hit {
                 machine: self.machine.clone(),

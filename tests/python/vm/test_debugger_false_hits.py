@@ -1,5 +1,5 @@
-"""Hits that stop nobody, by the thousand: on a KVM that emulates the guest's kernel they are judged within stays of the
-software CPU, and everything has to be as if each were an exit."""
+"""Hits that stop nobody, by the thousand: on a KVM that emulates the guest's kernel, and on others where that pays, they are
+judged within stays of the software CPU, and everything has to be as if each were an exit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_false_hits_of_all_vcpus_are_counted_exactly(smp: Path, cpus: int) -> No
 
 def test_false_hits_leave_no_exits_on_a_kvm_that_emulates_ring_0(loop: Path, cpu_kind: str) -> None:
     if cpu_kind != "PVM":
-        pytest.skip("each hit is an exit here, or none is")
+        pytest.skip("how many hits are exits depends on what an exit costs, or none is")
     with Vm(loop).debug() as dbg:
         breakpoint_ = dbg.breakpoint("work", condition="arg0 == 2 * arg1 + 1")
 
