@@ -234,6 +234,8 @@ impl Seat<'_> {
             let next = match stay.cpu.run(&mut Nothing, left.min(chunk)) {
                 CpuExit::Budget if stay.is_patient(ticks()) && !machine.engine.is_requested(number) => Next::Stay,
                 CpuExit::Breakpoint => self.meet()?,
+                // A vCPU is not left at a breakpoint that it has not met.
+                CpuExit::Budget if machine.site_at(stay.cpu.registers().rip).is_some() => self.meet()?,
                 CpuExit::Foreign(Some(fault)) if fault.vector == NOT_AVAILABLE => {
                     self.context().burst.uses_vectors = true;
                     Next::Leave
