@@ -1,5 +1,5 @@
-"""Hits that stop nobody, by the thousand: on a KVM that emulates the guest's kernel, and on others where that pays, they are
-judged within stays of the software CPU, and everything has to be as if each were an exit."""
+"""Hits that stop nobody, by the thousand: on a KVM that emulates the guest's kernel, and on others where that pays, they
+are judged within stays of the software CPU, and everything has to be as if each were an exit."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_interrupts_among_false_hits_stop_at_once_and_lose_nothing(guest: Callab
 
             *each, together = counts(dbg)
             behind = [vcpu.pc - breakpoint_.address for vcpu in dbg.vcpus]
-            # Nobody is left where gdb would think that the breakpoint has been asked; who stands behind it has been counted.
+            # Nobody is left where gdb takes the breakpoint for asked; who stands behind it has been counted.
             assert 0 not in behind
             assert 0 <= breakpoint_.reached - sum(each) <= sum(0 < at < 0x40 for at in behind)
             assert 0 <= sum(each) - together <= cpus
