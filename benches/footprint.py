@@ -6,6 +6,7 @@ python benches/footprint.py [--backend kvm|soft] [--json FILE]
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from typing import Any
 import uhyve
 
 ROUNDS = 9
+DEFAULT = inspect.signature(uhyve.Vm).parameters["sampling"].default
 RESIDENT = """
 import pathlib
 def resident():
@@ -64,11 +66,11 @@ def exits(backend: str, sampling: int, count: int) -> float:
 def sampling(backend: str) -> float:
     """A run with the default sampling by one without: the least of many short runs of each, in turn."""
     count = 5_000 if backend == "kvm" else 40_000
-    least = {every: min(exits(backend, every, count) for _ in range(3)) for every in (0, 64)}
+    least = {every: min(exits(backend, every, count) for _ in range(3)) for every in (0, DEFAULT)}
     for number in range(20 * ROUNDS):
-        for every in (0, 64) if number % 2 else (64, 0):
+        for every in (0, DEFAULT) if number % 2 else (DEFAULT, 0):
             least[every] = min(least[every], exits(backend, every, count))
-    return least[64] / least[0]
+    return least[DEFAULT] / least[0]
 
 
 def measure(backend: str) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 //! Bursts. Exits come in runs: a message to the console is one for each byte, a search for PCI devices two for each
-//! place. After such an exit a software CPU goes on from the vCPU's state for some thousand instructions, as long as it meets more of the same, and
-//! each of them costs it next to nothing. At anything else (an exception, a device, the time, an instruction that changes
-//! more than registers and memory) it stops before that instruction, and KVM goes on.
+//! place, a program that prints makes one hypercall after another. After such an exit a software CPU goes on from the
+//! vCPU's state for some thousand instructions, as long as it meets more of the same, and each of them costs it next to
+//! nothing: a hypercall is answered in place. At anything else (an exception, a device, the time, an instruction that
+//! changes more than registers and memory) it stops before that instruction, and KVM goes on.
 //!
 //! A KVM that emulates the guest's kernel leaves vector instructions unexecuted, which come in runs too, and is slower
 //! than the software CPU at all others: there a burst also begins after an instruction that was emulated, and goes on
@@ -16,9 +17,10 @@ use crate::backend::Exit;
 use crate::debug::burst::AfterHit;
 use crate::devices::pci;
 use crate::error::{Error, Result};
-use crate::hypercall::Kind;
+use crate::hypercall::{self, Kind};
+use crate::registers::RDI;
 use crate::stats::ExitKind;
-use crate::vcpu::{Flow, Seat};
+use crate::vcpu::{Flow, PendingCall, Seat};
 use crate::vm::{CONSOLE_PORT, Machine};
 use crate::x86::{Cpu, CpuExit, Platform, Reply};
 
@@ -155,11 +157,26 @@ struct Ports<'a> {
     number: u32,
     text: &'a mut Vec<u8>,
     accesses: u64,
+    /// The guest has just made a hypercall: port, bytes, value.
+    request: Option<(u16, usize, u32)>,
+}
+
+/// Whether there is a hypercall at a port, behind which the guest goes on.
+fn is_hypercall(port: u16) -> bool {
+    hypercall::identify(port).is_some_and(|call| call.kind() != Kind::Exit)
+}
+
+/// What a burst came to.
+struct Done {
+    accesses: u64,
+    /// Ticks in which hypercalls were answered: they take as long behind an exit.
+    answering: u64,
+    flow: Flow,
 }
 
 impl Platform for Ports<'_> {
-    fn owns_port(&mut self, port: u16, size: usize, is_in: bool) -> bool {
-        pci::is_pci(port) || port == CONSOLE_PORT && size == 1 && !is_in && !self.machine.catches(port.into())
+    fn owns_port(&mut self, port: u16, _size: usize, is_in: bool) -> bool {
+        pci::is_pci(port) || !is_in && is_hypercall(port) && !self.machine.catches(port.into())
     }
 
     fn port_read(&mut self, port: u16, data: &mut [u8], _now: u64) -> Reply {
@@ -172,7 +189,7 @@ impl Platform for Ports<'_> {
 
     fn port_write(&mut self, port: u16, data: &[u8], _now: u64) -> Reply {
         self.accesses += 1;
-        if port == CONSOLE_PORT {
+        if port == CONSOLE_PORT && data.len() == 1 {
             self.text.extend_from_slice(data);
             self.machine.stats.count_hypercall(self.number, Kind::SerialWriteByte);
             return Reply::Done;
@@ -180,8 +197,13 @@ impl Platform for Ports<'_> {
         let mut value = [0; 4];
         let length = data.len().min(4);
         value[..length].copy_from_slice(&data[..length]);
+        let value = u32::from_le_bytes(value);
+        if is_hypercall(port) {
+            self.request = Some((port, length, value));
+            return Reply::Leave;
+        }
         let size = u8::try_from(length).expect("at most four");
-        self.machine.pci.write(port, size, u32::from_le_bytes(value));
+        self.machine.pci.write(port, size, value);
         self.machine.stats.count(self.number, ExitKind::PciWrite);
         Reply::Done
     }
@@ -205,7 +227,7 @@ impl Seat<'_> {
     pub(crate) fn burst_after(&mut self, exit: Exit, time: u64) -> Result<Flow> {
         let is_port = match exit {
             Exit::IoIn { port, count: 1, .. } => pci::is_pci(port),
-            Exit::IoOut { port, count: 1, .. } => pci::is_pci(port) || port == CONSOLE_PORT,
+            Exit::IoOut { port, count: 1, .. } => pci::is_pci(port) || is_hypercall(port),
             _ => false,
         };
         let machine = self.machine;
@@ -214,53 +236,102 @@ impl Seat<'_> {
         if exit == Exit::Unemulated && may_be && burst.few.may_begin() {
             burst.uses_vectors = true;
             let before = burst.instructions;
-            self.burst()?;
+            let (done, _) = self.burst()?;
             let burst = &mut self.context().burst;
             burst.few.note(burst.instructions.wrapping_sub(before));
-            return self.bring_text_out();
+            return self.end_burst(&done);
         }
         if !is_port || !may_be || !burst.worth.exit(time) {
             return Ok(Flow::Continue);
         }
         self.settle_io()?;
-        let (accesses, time) = self.burst()?;
-        self.context().burst.worth.burst(accesses, time, &OF_PORTS);
-        self.bring_text_out()
+        let (done, time) = self.burst()?;
+        self.context().burst.worth.burst(done.accesses, time, &OF_PORTS);
+        self.end_burst(&done)
     }
 
-    /// One burst: how many port accesses it made, and its time.
-    fn burst(&mut self) -> Result<(u64, u64)> {
+    fn end_burst(&mut self, done: &Done) -> Result<Flow> {
+        match done.flow {
+            Flow::Continue => self.bring_text_out(),
+            Flow::Leave => Ok(Flow::Leave),
+        }
+    }
+
+    /// One burst, and its time.
+    fn burst(&mut self) -> Result<(Done, u64)> {
         let start = ticks();
         let mut cpu = match self.context().burst.cpu.take() {
             Some(cpu) => cpu,
             None => Box::new(Cpu::new(&self.machine.memory)),
         };
         let vectors = self.context().burst.uses_vectors;
-        let done = self.burst_on(&mut cpu, vectors);
-        let burst = &mut self.context().burst;
-        burst.cpu = Some(cpu);
-        Ok((done?, ticks().wrapping_sub(start)))
+        let mut done = Done { accesses: 0, answering: 0, flow: Flow::Continue };
+        let result = self.burst_on(&mut cpu, vectors, &mut done);
+        self.context().burst.cpu = Some(cpu);
+        result?;
+        let time = ticks().wrapping_sub(start).saturating_sub(done.answering);
+        Ok((done, time))
     }
 
-    /// Runs the software CPU; returns how many port accesses it made.
-    fn burst_on(&mut self, cpu: &mut Cpu, vectors: bool) -> Result<u64> {
-        let Some(lent) = self.context().cpu.lend(vectors)? else { return Ok(0) };
-        let (machine, number) = (self.machine, self.number);
-        let mut text = std::mem::take(&mut self.context().burst.text);
+    /// Runs the software CPU.
+    fn burst_on(&mut self, cpu: &mut Cpu, vectors: bool, done: &mut Done) -> Result<()> {
+        let Some(mut lent) = self.context().cpu.lend(vectors)? else { return Ok(()) };
         cpu.lend(&lent);
-        let mut ports = Ports { machine, number, text: &mut text, accesses: 0 };
         let before = cpu.instructions();
-        let gap = if machine.is_native() { PORT_GAP } else { LONGEST };
-        let exit = execute(cpu, &mut ports, gap, || machine.engine.is_requested(number));
-        let accesses = ports.accesses;
+        let (exit, answered) = self.execute(cpu, done);
         let executed = cpu.instructions().wrapping_sub(before);
         self.context().burst.instructions = self.context().burst.instructions.wrapping_add(executed);
-        self.context().burst.text = text;
         let state = cpu.snapshot();
+        // Hypercalls have set them since.
+        lent.core.registers = self.context().cpu.registers()?;
         self.context().cpu.take_back(&lent, &state)?;
+        done.flow = answered?;
         let needs_vectors = !vectors && matches!(exit, CpuExit::Foreign(Some(fault)) if fault.vector == NOT_AVAILABLE);
         self.context().burst.uses_vectors = needs_vectors || vectors && state.core.fpu != lent.core.fpu;
-        Ok(if needs_vectors { accesses + self.burst_on(cpu, true)? } else { accesses })
+        if needs_vectors { self.burst_on(cpu, true, done) } else { Ok(()) }
+    }
+
+    /// Executes until something foreign, or until nothing has come of some instructions; and what became of the last
+    /// hypercall.
+    fn execute(&mut self, cpu: &mut Cpu, done: &mut Done) -> (CpuExit, Result<Flow>) {
+        let (machine, number) = (self.machine, self.number);
+        let gap = if machine.is_native() { PORT_GAP } else { LONGEST };
+        loop {
+            let text = &mut self.context().burst.text;
+            let mut ports = Ports { machine, number, text, accesses: 0, request: None };
+            let exit = cpu.run(&mut ports, gap);
+            let (accesses, request) = (ports.accesses, ports.request);
+            done.accesses += accesses;
+            let goes_on = if let Some(request) = request {
+                let start = ticks();
+                let answered = self.answer(request, cpu);
+                done.answering += ticks().wrapping_sub(start);
+                if !matches!(answered, Ok(Flow::Continue)) {
+                    return (exit, answered);
+                }
+                true
+            } else {
+                exit == CpuExit::Budget && accesses > 0
+            };
+            if !goes_on || cpu.instructions() >= LONGEST || machine.engine.is_requested(number) {
+                return (exit, Ok(Flow::Continue));
+            }
+        }
+    }
+
+    /// Answers a hypercall of the software CPU, whose general registers are the vCPU's from then on.
+    fn answer(&mut self, (port, size, value): (u16, usize, u32), cpu: &mut Cpu) -> Result<Flow> {
+        let Some(call) = hypercall::identify(port) else { return Ok(Flow::Continue) };
+        let registers = cpu.registers();
+        self.context().cpu.set_registers(&registers)?;
+        self.count_hypercall(call.kind());
+        let pending = PendingCall::new(call, port, size, value, registers.general[RDI]);
+        // What was written before comes first.
+        if self.bring_text_out()? == Flow::Leave {
+            self.context().calls.push_back(pending);
+            return Ok(Flow::Leave);
+        }
+        self.call(pending)
     }
 
     /// Gives the console what bursts have written. [`Flow::Leave`]: it takes no more, and the vCPU is asked to stop.
@@ -278,18 +349,6 @@ impl Seat<'_> {
             }
         }
         Ok(Flow::Continue)
-    }
-}
-
-/// Executes until something foreign, or until nothing has come of `gap` instructions.
-fn execute(cpu: &mut Cpu, ports: &mut Ports, gap: u64, is_asked: impl Fn() -> bool) -> CpuExit {
-    loop {
-        let before = ports.accesses;
-        let exit = cpu.run(ports, gap);
-        let goes_on = matches!(exit, CpuExit::Budget) && ports.accesses != before;
-        if !goes_on || cpu.instructions() >= LONGEST || is_asked() {
-            return exit;
-        }
     }
 }
 

@@ -5,7 +5,8 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, ReadVolatile, WriteVolatile};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{Bytes, MmapRegion, ReadVolatile, VolatileMemory, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 use crate::code_lines::CodeLines;
 use crate::error::{Error, GuestFault, Result};
@@ -26,7 +27,7 @@ pub struct Backing {
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     // Declared before `mapping`: it refers to it.
-    mmap: GuestMemoryMmap,
+    region: Arc<MmapRegion>,
     mapping: Arc<Mapping>,
     code: Arc<OnceLock<CodeLines>>,
     start: u64,
@@ -105,10 +106,9 @@ impl GuestMemory {
         // SAFETY: the range is the whole mapping, which lives as long as the region: `GuestMemory` holds both.
         let region = unsafe { MmapRegion::build_raw(mapping.address, length, protection, flags) }
             .map_err(|e| too_big(size, std::io::Error::other(e.to_string())))?;
-        let region = GuestRegionMmap::new(region, GuestAddress(start))
-            .ok_or_else(|| too_big(size, std::io::ErrorKind::InvalidInput.into()))?;
-        let mmap = GuestMemoryMmap::from_regions(vec![region])
-            .map_err(|e| too_big(size, std::io::Error::other(e.to_string())))?;
+        if start.checked_add(size).is_none() {
+            return Err(too_big(size, std::io::ErrorKind::InvalidInput.into()));
+        }
         let pages = if backing.huge_pages { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         if let Err(error) = mapping.advise(pages)
             && backing.huge_pages
@@ -120,7 +120,7 @@ impl GuestMemory {
         {
             log::warn!("merging of equal pages for guest RAM: {error}");
         }
-        Ok(Self { mmap, mapping, code: Arc::default(), start, size })
+        Ok(Self { region: Arc::new(region), mapping, code: Arc::default(), start, size })
     }
 
     /// The guest-physical addresses of RAM.
@@ -162,40 +162,42 @@ impl GuestMemory {
         address >= self.start && length <= self.size && address - self.start <= self.size - length
     }
 
-    fn check(&self, address: u64, length: usize) -> Result<GuestAddress, GuestFault> {
-        if self.contains(address, length as u64) {
-            Ok(GuestAddress(address))
+    /// The bytes of RAM there.
+    #[inline]
+    fn slice(&self, address: u64, length: usize) -> Result<VolatileSlice<'_, impl BitmapSlice>, GuestFault> {
+        let slice = if self.contains(address, length as u64) {
+            usize::try_from(address - self.start).ok().and_then(|offset| self.region.get_slice(offset, length).ok())
         } else {
-            Err(GuestFault { address, length: length as u64, is_virtual: false })
-        }
+            None
+        };
+        slice.ok_or_else(|| fault(address, length))
     }
 
     /// Fills `buffer` from guest-physical `address`.
     pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), GuestFault> {
-        let at = self.check(address, buffer.len())?;
-        self.mmap.read_slice(buffer, at).map_err(|_| fault(address, buffer.len()))
+        self.slice(address, buffer.len())?.copy_to(buffer);
+        Ok(())
     }
 
     /// Writes `data` to guest-physical `address`.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), GuestFault> {
-        let at = self.check(address, data.len())?;
+        let slice = self.slice(address, data.len())?;
         note_write(address, data.len());
-        self.mmap.write_slice(data, at).map_err(|_| fault(address, data.len()))?;
+        slice.copy_from(data);
         self.written(address, data.len());
         Ok(())
     }
 
     /// Reads a plain struct; its address need not be aligned.
     pub fn read_object<T: ByteValued>(&self, address: u64) -> Result<T, GuestFault> {
-        let at = self.check(address, size_of::<T>())?;
-        self.mmap.read_obj(at).map_err(|_| fault(address, size_of::<T>()))
+        self.slice(address, size_of::<T>())?.read_obj(0).map_err(|_| fault(address, size_of::<T>()))
     }
 
     /// Writes a plain struct; its address need not be aligned.
     pub fn write_object<T: ByteValued>(&self, address: u64, value: T) -> Result<(), GuestFault> {
-        let at = self.check(address, size_of::<T>())?;
+        let slice = self.slice(address, size_of::<T>())?;
         note_write(address, size_of::<T>());
-        self.mmap.write_obj(value, at).map_err(|_| fault(address, size_of::<T>()))?;
+        slice.write_obj(value, 0).map_err(|_| fault(address, size_of::<T>()))?;
         self.written(address, size_of::<T>());
         Ok(())
     }
@@ -203,7 +205,7 @@ impl GuestMemory {
     /// Reads up to the first NUL (which is not returned), at most `limit` bytes and never past the end of RAM.
     /// `None` if there is no NUL within these.
     pub fn read_cstring(&self, address: u64, limit: usize) -> Result<Option<Vec<u8>>, GuestFault> {
-        self.check(address, 1)?;
+        self.slice(address, 1)?;
         let mut text = Vec::new();
         let mut chunk = [0u8; 256];
         let end = self.range().end.min(address.saturating_add(limit as u64));
@@ -257,17 +259,17 @@ impl GuestMemory {
 
     /// One `read(2)` from `source` straight into RAM; returns the bytes read.
     pub fn read_from(&self, address: u64, source: &mut impl ReadVolatile, length: usize) -> std::io::Result<usize> {
-        self.check(address, length).map_err(std::io::Error::other)?;
+        let slice = self.slice(address, length).map_err(std::io::Error::other)?;
         note_write(address, length);
-        let read = self.mmap.read_volatile_from(GuestAddress(address), source, length).map_err(into_io)?;
+        let read = slice.read_volatile_from(0, source, length).map_err(into_io)?;
         self.written(address, read);
         Ok(read)
     }
 
     /// One `write(2)` straight from RAM to `sink`; returns the bytes written.
     pub fn write_to(&self, address: u64, sink: &mut impl WriteVolatile, length: usize) -> std::io::Result<usize> {
-        self.check(address, length).map_err(std::io::Error::other)?;
-        self.mmap.write_volatile_to(GuestAddress(address), sink, length).map_err(into_io)
+        let slice = self.slice(address, length).map_err(std::io::Error::other)?;
+        slice.write_volatile_to(0, sink, length).map_err(into_io)
     }
 }
 
@@ -292,9 +294,9 @@ pub fn record_writes<T>(f: impl FnOnce() -> T) -> (T, Vec<Range<u64>>) {
     (result, writes.unwrap_or_default())
 }
 
-fn into_io(error: vm_memory::GuestMemoryError) -> std::io::Error {
+fn into_io(error: VolatileMemoryError) -> std::io::Error {
     match error {
-        vm_memory::GuestMemoryError::IOError(e) => e,
+        VolatileMemoryError::IOError(e) => e,
         other => std::io::Error::other(other.to_string()),
     }
 }

@@ -60,6 +60,13 @@ pub(crate) struct PendingCall {
     progress: u64,
 }
 
+impl PendingCall {
+    /// The `out` of `size` bytes that made it, and RDI if it [needs](Call::needs_rdi) that.
+    pub(crate) fn new(call: Call, port: u16, size: usize, data: u32, rdi: u64) -> Self {
+        Self { call, port, was_caught: false, data, size, rdi, progress: 0 }
+    }
+}
+
 impl Context {
     /// A vCPU that has not run.
     pub fn new(cpu: Box<dyn Vcpu>) -> Self {
@@ -287,7 +294,7 @@ impl<'a> Seat<'a> {
         self.machine.stats.count(self.number, kind);
     }
 
-    fn count_hypercall(&self, kind: hypercall::Kind) {
+    pub(crate) fn count_hypercall(&self, kind: hypercall::Kind) {
         self.sampler.hypercall(kind);
         self.machine.stats.count_hypercall(self.number, kind);
     }
@@ -315,7 +322,7 @@ impl<'a> Seat<'a> {
         };
         self.count_hypercall(call.kind());
         let rdi = if call.needs_rdi() { self.context().cpu.registers()?.general[RDI] } else { 0 };
-        self.call(PendingCall { call, port, was_caught: false, data: value, size: usize::from(size), rdi, progress: 0 })
+        self.call(PendingCall::new(call, port, usize::from(size), value, rdi))
     }
 
     /// String output. Bytes for the console are text like any other; no other port takes strings.
@@ -326,16 +333,7 @@ impl<'a> Seat<'a> {
                 let text = self.context().cpu.io_data().to_vec();
                 for byte in text {
                     self.count_hypercall(call.kind());
-                    let data = byte.into();
-                    flow = self.call(PendingCall {
-                        call,
-                        port,
-                        was_caught: false,
-                        data,
-                        size: 1,
-                        rdi: byte.into(),
-                        progress: 0,
-                    })?;
+                    flow = self.call(PendingCall::new(call, port, 1, byte.into(), byte.into()))?;
                 }
             }
             _ => self.count(ExitKind::PortWrite),
@@ -343,7 +341,8 @@ impl<'a> Seat<'a> {
         Ok(flow)
     }
 
-    fn call(&mut self, pending: PendingCall) -> Result<Flow> {
+    /// Answers a hypercall, unless an earlier one still waits.
+    pub(crate) fn call(&mut self, pending: PendingCall) -> Result<Flow> {
         if self.context().calls.is_empty() {
             return self.dispatch(pending);
         }

@@ -175,7 +175,7 @@ class Vm:
         tempdir: StrPath | None = None,
         file_isolation: Literal["none", "normal", "strict"] = "none",
         io_mode: str | None = None,
-        sampling: int = 64,
+        sampling: int = 128,
     ) -> None:
         direct, sync = _io_mode(io_mode)
         self._host_environment = env == "host"

@@ -37,6 +37,10 @@ pub trait Backend: Send + Sync {
     fn create_vcpu(&self, number: u32) -> Result<Box<dyn Vcpu>>;
     /// The queue of port writes that did not leave the guest, if the back end keeps one.
     fn coalesced(&self) -> Option<Arc<dyn Coalesced>>;
+    /// What is to be done beside the first run of the vCPUs, on a thread that may wait. It holds what it needs.
+    fn afterwork(&self) -> Option<Afterwork> {
+        None
+    }
     /// What its debug facilities can do. May run a probe guest, once per process.
     fn capabilities(&self) -> Result<Capabilities>;
     /// The vCPUs for which `runs` says so are about to run, all others stay where they are. None runs now.
@@ -44,6 +48,9 @@ pub trait Backend: Send + Sync {
         let _ = runs;
     }
 }
+
+/// What [`Backend::afterwork`] gives.
+pub type Afterwork = Box<dyn FnOnce() + Send>;
 
 /// Port writes that wait. They happened before any exit that is handled after them, and are taken first.
 pub trait Coalesced: Send + Sync {

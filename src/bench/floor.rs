@@ -103,11 +103,16 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
     let mut vcpu = kvm_vcpu(&kvm, &vm, 0)?;
     let fd = vcpu.as_raw_fd();
     let page: *const kvm_bindings::kvm_run = vcpu.get_kvm_run();
-    for n in 0..skip + count {
+    let mut n = 0;
+    while n < skip + count {
         let before = clock::now();
         // SAFETY: a vCPU fd that is open, and a request without argument; what the guest does stays in its memory.
         let result = unsafe { libc::ioctl(fd, KVM_RUN, 0) };
         let took = clock::now().saturating_sub(before);
+        if result != 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted {
+            // A signal of the process: it was suspended, say.
+            continue;
+        }
         // SAFETY: the page is mapped as long as `vcpu` lives; the kernel writes it in KVM_RUN alone.
         let reason = unsafe { (&raw const (*page).exit_reason).read_volatile() };
         if result != 0 || !kind.is_exit(reason) {
@@ -116,6 +121,7 @@ fn kvm_loop(memory: &GuestMemory, kind: Kind, count: u64, skip: u64, histogram: 
         if n >= skip {
             histogram.saturating_record(took);
         }
+        n += 1;
     }
     Ok(())
 }

@@ -3,17 +3,21 @@
 //! all registers can be read at once, without waiting. Nobody is woken but for what it waits for: a vCPU that comes to
 //! its safe point disturbs none that stands there, and the last one wakes who asked.
 //!
-//! Besides a stop there is the *exclusive section*: one vCPU thread, or a front end, does something that no other vCPU
-//! may run beside (lifting a planted byte, say). The others are held at their safe points; nobody is told.
+//! Besides a stop there is the [`exclusive`] section; [`waiting`] is how front ends hear of the world.
+
+mod exclusive;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::time::TimeSpec;
+use nix::sys::eventfd::EventFd;
+
+pub use exclusive::{Exclusive, Owner};
+use waiting::tell;
+pub use waiting::waiter;
 
 use super::stop::{Event, Stop, StopReason};
 use crate::backend::Kick;
@@ -86,15 +90,6 @@ impl Seat {
     fn stands_still(&self) -> bool {
         self.parked || self.outside
     }
-}
-
-/// Who holds the exclusive section: a vCPU's thread, or a front end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
-    /// The thread of this vCPU.
-    Vcpu(u32),
-    /// A thread that is no vCPU's.
-    FrontEnd,
 }
 
 struct State {
@@ -331,33 +326,6 @@ impl Engine {
         state.phase = Phase::Stopped;
     }
 
-    /// From now on a stop is shown to those who wait only after [`Engine::approve`], or at once again.
-    pub fn gate_stops(&self, gated: bool) {
-        let mut state = self.lock();
-        (state.is_gated, state.is_held) = (gated, false);
-        self.notify(&state);
-    }
-
-    /// Shows the current stop to those who wait.
-    pub fn approve(&self) {
-        let mut state = self.lock();
-        state.is_held = false;
-        self.notify(&state);
-    }
-
-    /// Makes a descriptor readable at each change of the VM's state, until the VM or the descriptor is gone.
-    pub fn add_waiter(&self, waiter: &Arc<EventFd>) {
-        let mut state = self.lock();
-        if !state.waiters.iter().any(|w| Arc::ptr_eq(w, waiter)) {
-            state.waiters.push(waiter.clone());
-        }
-    }
-
-    /// Ends [`Engine::add_waiter`].
-    pub fn remove_waiter(&self, waiter: &Arc<EventFd>) {
-        self.lock().waiters.retain(|w| !Arc::ptr_eq(w, waiter));
-    }
-
     /// Whether vCPUs are on their way to their safe points.
     pub fn is_stopping(&self) -> bool {
         self.lock().phase == Phase::Stopping
@@ -535,122 +503,6 @@ impl Engine {
         }
     }
 
-    /// The same for a front end that does not judge stops: one that waits for approval is none yet.
-    fn shown_status(&self) -> Status {
-        let is_held = self.lock().is_held;
-        match self.status() {
-            Status::Stopped(_) if is_held => Status::Running,
-            status => status,
-        }
-    }
-
-    /// Enters the exclusive section: no vCPU but the owner's runs until the guard is dropped. `None` if the VM is over.
-    /// The calling thread holds no vCPU locked.
-    pub fn exclusive(&self, owner: Owner) -> Option<Exclusive<'_>> {
-        let own = if let Owner::Vcpu(n) = owner { Some(n) } else { None };
-        let mut state = self.lock();
-        let was_outside = own.map(|n| state.seats[n as usize].outside);
-        while state.phase != Phase::Ended && state.exclusive.is_some() {
-            // Another one is inside, and may wait for this vCPU.
-            self.set_outside(&mut state, own, true);
-            state = self.wait(&self.freed, state);
-        }
-        self.set_outside(&mut state, own, was_outside == Some(true));
-        if state.phase == Phase::Ended {
-            return None;
-        }
-        state.exclusive = Some(owner);
-        while state.phase != Phase::Ended && !state.stands_still_but(owner) {
-            let kicks = self.request(&state, |n, seat| !seat.stands_still() && own.map(|o| o as usize) != Some(n));
-            drop(state);
-            self.kick(kicks);
-            let moving = |state: &mut State| state.phase != Phase::Ended && !state.stands_still_but(owner);
-            let waited = self.still.wait_timeout_while(self.lock(), KICK_AGAIN, moving);
-            state = waited.unwrap_or_else(|e| e.into_inner()).0;
-        }
-        let exclusive = Exclusive { engine: self, stopped: state.phase == Phase::Stopped };
-        let is_over = state.phase == Phase::Ended;
-        drop(state);
-        (!is_over).then_some(exclusive)
-    }
-
-    fn set_outside(&self, state: &mut State, vcpu: Option<u32>, outside: bool) {
-        if let Some(n) = vcpu
-            && state.seats[n as usize].outside != outside
-        {
-            state.seats[n as usize].outside = outside;
-            if outside {
-                self.has_come(state);
-            }
-        }
-    }
-
-    /// Runs `f`, which uses neither the guest nor the vCPU's context, on the vCPU's thread. Meanwhile others may enter
-    /// the exclusive section, whatever `f` waits for; this returns when they have left it. No stop is reported before.
-    pub fn outside<T>(&self, vcpu: u32, f: impl FnOnce() -> T) -> T {
-        struct Return<'a>(&'a Engine, u32);
-        impl Drop for Return<'_> {
-            fn drop(&mut self) {
-                let mut state = self.0.lock();
-                while state.phase != Phase::Ended && state.exclusive.is_some() {
-                    state = self.0.wait(&self.0.freed, state);
-                }
-                self.0.set_outside(&mut state, Some(self.1), false);
-            }
-        }
-        self.set_outside(&mut self.lock(), Some(vcpu), true);
-        let _return = Return(self, vcpu);
-        f()
-    }
-
-    /// Waits until the world stands still or the VM is over. `check` is called whenever a signal arrives (and its error
-    /// returned). `Ok(None)`: the deadline passed.
-    pub fn wait_for_stop<E: From<Error>>(
-        &self,
-        deadline: Option<Instant>,
-        check: &mut dyn FnMut() -> Result<(), E>,
-    ) -> Result<Option<Status>, E> {
-        let spare = self.lock().spare.take();
-        let waiter = spare.map_or_else(waiter, Ok)?;
-        self.add_waiter(&waiter);
-        let result = self.poll(deadline, check, &waiter);
-        let mut state = self.lock();
-        state.waiters.retain(|w| !Arc::ptr_eq(w, &waiter));
-        state.spare = Some(waiter).filter(|_| state.phase != Phase::Ended);
-        result
-    }
-
-    fn poll<E: From<Error>>(
-        &self,
-        deadline: Option<Instant>,
-        check: &mut dyn FnMut() -> Result<(), E>,
-        waiter: &EventFd,
-    ) -> Result<Option<Status>, E> {
-        loop {
-            // Between the look at signals and the sleep none may come: `ppoll` opens the mask.
-            let mask = crate::isolation::wait::Mask::block_all()
-                .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
-            check()?;
-            let status = self.shown_status();
-            if !matches!(status, Status::Running) {
-                return Ok(Some(status));
-            }
-            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
-                return Ok(None);
-            }
-            let stopping = self.lock().phase == Phase::Stopping;
-            let sleep = [left, stopping.then_some(KICK_AGAIN)].into_iter().flatten().min();
-            let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(waiter), PollFlags::POLLIN)];
-            match ppoll(&mut fds, sleep.map(TimeSpec::from), Some(mask.0)) {
-                Ok(0) => self.kick_late(),
-                Ok(_) => drop(waiter.read()),
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => return Err(Error::Host { what: "can't wait for the VM".into(), source: e.into() }.into()),
-            }
-        }
-    }
-
     /// Kicks again whoever has not come to its safe point though it was asked to.
     pub fn kick_late(&self) {
         let state = self.lock();
@@ -672,37 +524,5 @@ fn interrupted(seats: &[Seat], last: u32) -> u32 {
     (0..).zip(seats).find(|(_, seat)| !holds(seat)).map_or(last, |(n, _)| n)
 }
 
-fn tell(waiters: &[Arc<EventFd>]) {
-    for waiter in waiters {
-        // Full only if nobody has read it for 2⁶⁴ changes.
-        let _ = waiter.write(1);
-    }
-}
-
-/// A descriptor that wakes one waiter.
-pub fn waiter() -> Result<Arc<EventFd>> {
-    EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map(Arc::new)
-        .map_err(|e| Error::Host { what: "can't make an eventfd".into(), source: e.into() })
-}
-
-/// The exclusive section, left on drop.
-pub struct Exclusive<'a> {
-    engine: &'a Engine,
-    /// The world was stopped meanwhile: the owner may look and change, but not execute.
-    pub stopped: bool,
-}
-
-impl Drop for Exclusive<'_> {
-    fn drop(&mut self) {
-        let mut state = self.engine.lock();
-        state.exclusive = None;
-        self.engine.settle(&mut state);
-        self.engine.let_go(state);
-        self.engine.freed.notify_all();
-    }
-}
-
 #[cfg(test)]
-#[path = "engine_tests.rs"]
 mod tests;

@@ -14,7 +14,7 @@ use super::{ExitKind, clock};
 use crate::hypercall::Kind;
 
 /// One exit in so many is timed unless somebody asks for another rate.
-pub const EVERY: u32 = 64;
+pub const EVERY: u32 = 128;
 /// The longest time that is told apart: an hour of a clock of 4 GHz.
 const LONGEST: u64 = 3600 * 4_000_000_000;
 const REASONS: usize = ExitKind::ALL.len() + Kind::ALL.len();
@@ -371,7 +371,7 @@ mod tests {
     #[test]
     fn test_sample_has_about_its_share_of_the_exits_and_none_when_off() {
         let latencies = Latencies::new(1, Sampling::default());
-        exits(&latencies, 64_000);
+        exits(&latencies, 128_000);
         let count = recorded(&latencies);
         assert!((800..1300).contains(&count), "{count}");
         latencies.restart(Sampling { every: 0, skip: 0 });

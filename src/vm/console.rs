@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Machine;
+use crate::backend::Afterwork;
 use crate::debug::engine::{End, Status};
 use crate::error::{Error, Result};
 use crate::hypercall::Kind;
@@ -82,7 +83,7 @@ impl Machine {
 
     /// Starts the thread that brings console output out while nobody else does: queued bytes of a guest that makes no
     /// exits, and the beginning of a line that does not end.
-    pub(super) fn spawn_pump(self: &Arc<Self>) -> Result<()> {
+    pub(super) fn spawn_pump(self: &Arc<Self>, afterwork: Option<Afterwork>) -> Result<()> {
         let machine = self.clone();
         let every = (self.coalesced.is_some() && !self.has_bursts).then_some(DRAIN_EVERY);
         if every.is_none() || self.console.is_callback() {
@@ -91,6 +92,9 @@ impl Machine {
         }
         let body = move || {
             vcpu::enter_thread(&machine, None);
+            if let Some(work) = afterwork {
+                work();
+            }
             // While the world stands still, nothing comes into the queue.
             while machine.pump.sleep(every.filter(|_| matches!(machine.engine.status(), Status::Running))) {
                 if let Err(error) = machine.pump_console() {

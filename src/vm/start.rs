@@ -8,7 +8,7 @@ use super::config::{SEEDED_EPOCH, random, resources, seeded};
 use super::console::CONSOLE_PORT;
 use super::input::GuestInput;
 use super::{Config, Machine, ThreadWrapper};
-use crate::backend::{self, MachineOptions, Vcpu};
+use crate::backend::{self, Afterwork, MachineOptions, Vcpu};
 use crate::boot::{self, BootState, Layout};
 use crate::debug::breakpoints::Table;
 use crate::debug::catch::Catch;
@@ -85,6 +85,7 @@ impl Machine {
         let mut vcpus = (0..cpus).map(|n| backend.create_vcpu(n)).collect::<Result<Vec<_>>>()?;
         parameters.tsc_khz = vcpus.first().and_then(|v| v.tsc_khz()).unwrap_or(0);
         enter_image(&boot::load(&image, &layout, &memory, &parameters)?, &mut vcpus)?;
+        let afterwork = backend.afterwork();
         let command_line = guest.command_line(&image)?;
         let files = Files::new(guest.files, Scratch::new(config.tempdir.as_deref())?, config.io_mode);
         let services = Services::new(memory.clone(), console.clone(), files, command_line);
@@ -119,15 +120,15 @@ impl Machine {
             started,
             ended: OnceLock::new(),
         });
-        machine.spawn(cpus, wrapper)?;
+        machine.spawn(cpus, wrapper, afterwork)?;
         Ok(machine)
     }
 
-    fn spawn(self: &Arc<Self>, cpus: u32, wrapper: Option<ThreadWrapper>) -> Result<()> {
+    fn spawn(self: &Arc<Self>, cpus: u32, wrapper: Option<ThreadWrapper>, afterwork: Option<Afterwork>) -> Result<()> {
         // Signals of the process go to threads that can do something about them: ours begin with all of them blocked.
         let _mask = crate::isolation::wait::Mask::block_all()
             .map_err(|e| Error::Host { what: "can't block signals".into(), source: e.into() })?;
-        self.spawn_pump()?;
+        self.spawn_pump(afterwork)?;
         for number in 0..cpus {
             let (machine, wrapper) = (self.clone(), wrapper.clone());
             let body = move || match wrapper {

@@ -1,6 +1,7 @@
 //! The back end on Linux's KVM: the VM with its memory slots and interrupt controllers. [`vcpu`] runs vCPUs, [`kick`]
 //! makes them leave the guest, [`cpuid`] and [`convert`] translate, [`probe`] finds out what this KVM really does.
 
+mod closing;
 mod coalesced;
 pub mod convert;
 pub mod cpuid;
@@ -20,7 +21,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 
-use super::{Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
+use super::{Afterwork, Backend, Capabilities, Coalesced, MachineOptions, Vcpu};
 use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory};
 
@@ -34,7 +35,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// One VM of KVM.
 pub struct KvmBackend {
     kvm: Arc<Kvm>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     cpus: u32,
     is_coalescing: bool,
     ring: OnceLock<Arc<coalesced::Ring>>,
@@ -99,7 +100,7 @@ impl KvmBackend {
         if options.cpus as usize > limit {
             return Err(Error::Config(format!("{} vCPUs asked for, this KVM has at most {limit}", options.cpus)));
         }
-        let vm = create_vm(&kvm)?;
+        let vm = Arc::new(create_vm(&kvm)?);
         vm.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         let mut backend = Self {
@@ -202,6 +203,11 @@ impl Backend for KvmBackend {
 
     fn coalesced(&self) -> Option<Arc<dyn Coalesced>> {
         self.ring.get().map(|ring| ring.clone() as Arc<dyn Coalesced>)
+    }
+
+    fn afterwork(&self) -> Option<Afterwork> {
+        let vm = self.vm.clone();
+        Some(Box::new(move || closing::hasten(&vm)))
     }
 
     fn capabilities(&self) -> Result<Capabilities> {

@@ -1,5 +1,5 @@
-"""Hits that stop nobody, by the thousand: on a KVM that emulates the guest's kernel, and on others where that pays, they
-are judged within stays of the software CPU, and everything has to be as if each were an exit."""
+"""Hits that stop nobody, by the thousand: on a KVM that emulates the guest's kernel, and elsewhere where that pays,
+they are judged within stays of the software CPU, and everything has to be as if each were an exit."""
 
 from __future__ import annotations
 

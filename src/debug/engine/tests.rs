@@ -5,12 +5,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::*;
 
-#[path = "engine_orders.rs"]
 mod orders;
-#[path = "engine_stress.rs"]
 mod stress;
 
 const WATCHDOG: Duration = Duration::from_secs(30);
