@@ -7,7 +7,7 @@ from uhyve.errors import BreakpointError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Literal, Self, TypeAlias
+    from typing import Any, Final, Literal, Self, TypeAlias
 
     from uhyve import _core
     from uhyve._core import Hit, Machine
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     Access: TypeAlias = Literal["write", "read", "access"]
 
 __all__ = ["Breakpoint"]
+
+# Of a code object's flags: generator, coroutine, asynchronous generator.
+_SUSPENDS: Final = 0x20 | 0x80 | 0x200
 
 
 class Breakpoint:
@@ -187,6 +190,8 @@ def condition_parts(
         parts = compile_condition(condition, machine.resolve)
         return (parts.expression, parts.code, list(parts.constants)), None
     if callable(condition):
+        if getattr(getattr(condition, "__code__", None), "co_flags", 0) & _SUSPENDS:
+            raise TypeError(f"a condition is called and done: {condition!r} only makes something to await or iterate")
         return None, condition
     raise TypeError(f"a condition is text, a callable or None, not {condition!r}")
 

@@ -55,13 +55,14 @@ def parse_size(text: str) -> int:
     try:
         value = float(size[:digits]) if "." in size[:digits] else int(size[:digits])
         scaled = value * _UNITS[size[digits:].strip().lower()]
-    except (KeyError, ValueError):
+        whole = int(scaled)
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError(
             f"{text!r} is not a size; write bytes, or a number with KiB, MiB or GiB, such as '64MiB'"
         ) from None
-    if scaled != int(scaled):
+    if scaled != whole:
         raise ConfigError(f"{text!r} is not a whole number of bytes")
-    return int(scaled)
+    return whole
 
 
 class _Run:
@@ -181,7 +182,7 @@ class Vm:
         self._host_environment = env == "host"
         self._arguments: dict[str, object] = {
             "memory": _memory(memory),
-            "cpus": None if cpus is None else _number("cpus", cpus, 1),
+            "cpus": None if cpus is None else _number("cpus", cpus, 1, 1 << 32),
             "kernel_args": _words("kernel_args", kernel_args),
             "args": _words("args", args),
             "env": [] if env is None or env == "host" else _environment(env),
@@ -448,14 +449,15 @@ def _number(what: str, value: int, minimum: int, limit: int = 1 << 63) -> int:
         raise TypeError(f"{what} must be an integer, not {value!r}")
     number = value.__index__()
     if not minimum <= number < limit:
-        raise ConfigError(f"{what} is {number}; it must be {minimum} or more")
+        bound = f"{minimum} or more" if number < minimum else f"less than {limit}"
+        raise ConfigError(f"{what} is {number}; it must be {bound}")
     return number
 
 
 def _memory(memory: str | int | None) -> int | None:
     if memory is None:
         return None
-    size = parse_size(memory) if isinstance(memory, str) else _number("memory", memory, 0)
+    size = _number("memory", parse_size(memory) if isinstance(memory, str) else memory, 0)
     if size < MINIMUM_MEMORY or size % MEMORY_STEP:
         raise ConfigError(f"memory is {memory!r} ({size} bytes); at least 16 MiB and a multiple of 2 MiB are needed")
     return size

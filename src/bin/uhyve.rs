@@ -9,6 +9,7 @@
 #![cfg_attr(not(test), no_main)]
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -51,6 +52,15 @@ const HEAP_STEP: libc::c_int = 1 << 20;
 extern "C" fn main(_count: libc::c_int, _words: *const *const libc::c_char) -> libc::c_int {
     // SAFETY: what Rust's own start does; a closed pipe is an error of the write.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    for number in 0..=libc::STDERR_FILENO {
+        // SAFETY: it is asked whether the descriptor is open. If not, the next file would take its number, and the
+        // guest's console would go there.
+        unsafe {
+            if libc::fcntl(number, libc::F_GETFD) == -1 {
+                libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+            }
+        }
+    }
     // SAFETY: no other thread is there. Heaps of single threads grow by a page protection at a time, which other CPUs
     // have to hear of each time; one heap for all grows rarely.
     unsafe {
@@ -187,7 +197,7 @@ fn ended(end: &End) -> u8 {
         // The operating system takes the lowest eight bits.
         End::Exit(code) => code.to_le_bytes()[0],
         End::Crash(crash) => {
-            eprintln!("uhyve: error: the guest has crashed: {crash}");
+            say(&format!("the guest has crashed: {crash}"));
             EXIT_CRASH
         }
         End::Failed(error) => complain(error, EXIT_HOST),
@@ -203,8 +213,13 @@ fn complain(error: &Error, status: u8) -> u8 {
     if source.is_some_and(|s| s.kind() == std::io::ErrorKind::BrokenPipe) {
         return EXIT_PIPE;
     }
-    eprintln!("uhyve: error: {error}");
+    say(&error.to_string());
     status
+}
+
+/// A line about an error. Where it can't be written, the exit status is what is left to say.
+fn say(error: &str) {
+    let _ = writeln!(std::io::stderr(), "uhyve: error: {error}");
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -230,7 +245,7 @@ fn python(words: &[OsString]) -> u8 {
     let beside = ["python", "python3"].map(|name| folder.join(name)).into_iter().find(|path| path.exists());
     let interpreter = beside.unwrap_or_else(|| "python3".into());
     let error = Command::new(&interpreter).args(["-P", "-m", "uhyve"]).args(words).exec();
-    eprintln!("uhyve: error: can't start {}: {error}", interpreter.display());
+    say(&format!("can't start {}: {error}", interpreter.display()));
     EXIT_HOST
 }
 

@@ -61,6 +61,10 @@ fn archive(what: impl Into<String>) -> ImageError {
 
 /// The error with its causes: `tar` puts the decompressor's error below its own.
 fn unreadable(error: io::Error) -> ImageError {
+    // What tar says of a header that is none quotes its bytes.
+    if error.to_string().contains("when getting cksum") {
+        return archive("it can't be unpacked: what is gzip'd is not a tar archive");
+    }
     let mut what = format!("it can't be unpacked: {error}");
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -262,7 +266,8 @@ cpus = 2
         let at = bad_sum.len() - 6;
         bad_sum[at] ^= 1;
         assert_refused(Archive::unpack(&bad_sum, 1 << 20), "can't be unpacked");
-        assert_refused(Archive::unpack(&gzip(&[b'x'; 5000]), 1 << 20), "can't be unpacked");
+        assert_refused(Archive::unpack(&gzip(&[b'x'; 5000]), 1 << 20), "is not a tar archive");
+        assert_refused(Archive::unpack(&gzip(&elf), 1 << 20), "is not a tar archive");
         assert_refused(Archive::unpack(&gzip(b"short"), 1 << 20), "");
         assert_refused(Archive::unpack(&gzip(&plain[..1100]), 1 << 20), "");
     }

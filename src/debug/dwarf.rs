@@ -3,14 +3,16 @@
 //! [`super::unwind`] is a loop with a bound, and what does not fit is left out. Addresses are the image's own, without its load bias.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use gimli::{DebugInfoOffset, Dwarf, DwarfSections, EndianSlice, LittleEndian, SectionId};
 use object::Endianness;
-use object::elf::{FileHeader64, SHF_COMPRESSED, SHT_NOBITS};
-use object::read::elf::{FileHeader as _, SectionHeader as _};
+use object::ReadRef as _;
+use object::elf::{ELFCOMPRESS_ZLIB, FileHeader64, SHF_COMPRESSED, SectionHeader64};
+use object::read::elf::{CompressionHeader as _, FileHeader as _, SectionHeader as _};
 
 use super::functions::Functions;
 use super::lines::Lines;
@@ -26,11 +28,35 @@ const MAX_RANGES: usize = 1 << 20;
 /// Units whose tables are kept.
 const KEPT: usize = 256;
 
-/// A section of the file: its bytes there, and its address.
+/// What compressed sections may hold together, unpacked; what is more is left out.
+const MAX_UNPACKED: u64 = 1 << 28;
+
+/// A section of the file: its bytes, and its address.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Section {
-    pub bytes: Range<usize>,
-    pub address: u64,
+    bytes: Bytes,
+    address: u64,
+}
+
+#[derive(Debug, Clone)]
+enum Bytes {
+    Image(Range<usize>),
+    Unpacked(Arc<[u8]>),
+}
+
+impl Default for Bytes {
+    fn default() -> Self {
+        Self::Image(0..0)
+    }
+}
+
+impl Section {
+    fn bytes<'a>(&'a self, image: &'a [u8]) -> &'a [u8] {
+        match &self.bytes {
+            Bytes::Image(range) => image.get(range.clone()).unwrap_or_default(),
+            Bytes::Unpacked(bytes) => bytes,
+        }
+    }
 }
 
 /// Where code comes from in the source.
@@ -63,7 +89,7 @@ pub(super) struct Units {
 pub struct DebugInfo {
     image: Arc<[u8]>,
     sections: OnceLock<HashMap<&'static str, Section>>,
-    dwarf: OnceLock<DwarfSections<Range<usize>>>,
+    dwarf: OnceLock<DwarfSections<Section>>,
     units: OnceLock<Units>,
     lines: Mutex<HashMap<usize, Arc<Lines>>>,
     functions: Mutex<HashMap<usize, Arc<Functions>>>,
@@ -172,8 +198,7 @@ impl DebugInfo {
 
     /// A section's bytes and its address; empty if there is none.
     pub(super) fn section(&self, name: &str) -> (&[u8], u64) {
-        let section = self.sections().get(name).cloned().unwrap_or_default();
-        (self.image.get(section.bytes).unwrap_or_default(), section.address)
+        self.sections().get(name).map_or((&[], 0), |section| (section.bytes(&self.image), section.address))
     }
 
     fn sections(&self) -> &HashMap<&'static str, Section> {
@@ -182,14 +207,13 @@ impl DebugInfo {
 
     pub(super) fn dwarf(&self) -> Dwarf<Slice<'_>> {
         let load = |id: SectionId| {
-            let section = self.sections().get(id.name()).cloned().unwrap_or_default();
-            Ok::<_, std::convert::Infallible>(section.bytes)
+            Ok::<_, std::convert::Infallible>(self.sections().get(id.name()).cloned().unwrap_or_default())
         };
         let sections = self.dwarf.get_or_init(|| match DwarfSections::load(load) {
             Ok(sections) => sections,
             Err(never) => match never {},
         });
-        sections.borrow(|range| EndianSlice::new(self.image.get(range.clone()).unwrap_or_default(), LittleEndian))
+        sections.borrow(|section| EndianSlice::new(section.bytes(&self.image), LittleEndian))
     }
 
     fn units(&self) -> &Units {
@@ -267,18 +291,43 @@ fn parse_sections(image: &[u8]) -> Option<HashMap<&'static str, Section>> {
     let endian = header.endian().ok()?;
     let sections = header.sections(endian, image).ok()?;
     let mut found = HashMap::new();
+    let mut left = MAX_UNPACKED;
     for section in sections.iter() {
         let Ok(name) = sections.section_name(endian, section) else { continue };
         let Some(known) = SECTIONS.iter().find(|known| known.as_bytes() == name) else { continue };
-        if section.sh_type(endian) == SHT_NOBITS || section.sh_flags(endian).contains(SHF_COMPRESSED) {
-            continue;
+        let bytes = if section.sh_flags(endian).contains(SHF_COMPRESSED) {
+            unpacked(image, endian, section, &mut left)
+        } else {
+            stored(image, endian, section)
+        };
+        if let Some(bytes) = bytes {
+            found.entry(*known).or_insert(Section { bytes, address: section.sh_addr(endian) });
         }
-        let Some((offset, size)) = section.file_range(endian) else { continue };
-        let (Ok(offset), Ok(size)) = (usize::try_from(offset), usize::try_from(size)) else { continue };
-        let Some(end) = offset.checked_add(size).filter(|end| *end <= image.len()) else { continue };
-        found.entry(*known).or_insert(Section { bytes: offset..end, address: section.sh_addr(endian) });
     }
     Some(found)
+}
+
+fn stored(image: &[u8], endian: Endianness, section: &SectionHeader64<Endianness>) -> Option<Bytes> {
+    // One without bytes in the file has no range.
+    let (offset, size) = section.file_range(endian)?;
+    let (offset, size) = (usize::try_from(offset).ok()?, usize::try_from(size).ok()?);
+    let end = offset.checked_add(size).filter(|end| *end <= image.len())?;
+    Some(Bytes::Image(offset..end))
+}
+
+/// A section that the linker has compressed by zlib, and that fits into what is `left`.
+fn unpacked(image: &[u8], endian: Endianness, section: &SectionHeader64<Endianness>, left: &mut u64) -> Option<Bytes> {
+    let (header, offset, size) = section.compression(endian, image).ok()??;
+    if header.ch_type(endian) != ELFCOMPRESS_ZLIB {
+        log::warn!("the image's debug information is compressed by another method than zlib and is not used");
+        return None;
+    }
+    let whole = header.ch_size(endian);
+    *left = left.checked_sub(whole)?;
+    let mut bytes = Vec::new();
+    let packed = image.read_bytes_at(offset, size).ok()?;
+    flate2::read::ZlibDecoder::new(packed).take(whole).read_to_end(&mut bytes).ok()?;
+    Some(Bytes::Unpacked(bytes.into()))
 }
 
 #[cfg(test)]

@@ -28,9 +28,11 @@ impl Scratch {
                 return Err(Error::Config(format!("tempdir {} is not a directory", path.display())));
             }
             Some(path) => path.to_path_buf(),
-            None => {
-                std::env::var_os("TMP").map(PathBuf::from).filter(|p| p.is_dir()).unwrap_or_else(std::env::temp_dir)
-            }
+            None => std::env::var_os("TMP")
+                .map(PathBuf::from)
+                .filter(|p| p.is_dir())
+                .or_else(|| Some(std::env::temp_dir()).filter(|p| !p.as_os_str().is_empty()))
+                .unwrap_or_else(|| "/tmp".into()),
         };
         let failed = |source: nix::Error| Error::Host {
             what: format!("can't make a scratch directory in {}", parent.display()),

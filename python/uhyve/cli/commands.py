@@ -21,6 +21,7 @@ from uhyve.cli.ending import (
     EXIT_USAGE,
     Failure,
     exit_code,
+    prepare_streams,
     say,
     to_standard_error,
     user_errors,
@@ -320,6 +321,7 @@ def _render(diagnosis: Diagnosis) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command; ``arguments`` are those of the process if not given."""
+    prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     first = words[0] if words else "--help"
     if first not in cli.commands and first not in ("-h", "--help", "-V", "--version"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +59,24 @@ def to_standard_error(text: bytes) -> None:
     sys.stderr.buffer.flush()
 
 
+def prepare_streams() -> None:
+    """Makes the standard streams ready for whatever is written to them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It was closed, and the next file would take its number: the guest's console would go there.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A locale without "µ" is no reason to fail.
+        sys.stdout.reconfigure(errors="replace")
+
+
 def say(text: str) -> None:
     """A line about the run, which is not the guest's output."""
-    click.echo(text, err=True)
+    # Where it can't be written, the exit status is what is left to say.
+    with suppress(OSError):
+        click.echo(text, err=True)
 
 
 @contextmanager

@@ -52,9 +52,10 @@ class Settings:
         if value is None:
             return None
         text = str(value).removeprefix("=")
-        if not text.isdecimal() or int(text) > 0xFFFF:
+        port = _decimal(text)
+        if port is None:
             raise Failure(f"--gdb-port {text!r} is no port: write -s=PORT, or -s -- IMAGE for port 6677")
-        return int(text)
+        return port
 
     @property
     def stats(self) -> bool:
@@ -196,11 +197,18 @@ def _affinity(text: str | list[Any] | None) -> list[int] | None:
         return None
     cpus: list[int] = []
     for part in text.split(",") if isinstance(text, str) else text:
-        first, dash, last = str(part).strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        begin, dash, end = str(part).strip().partition("-")
+        first, last = _decimal(begin), _decimal(end if dash else begin)
+        if first is None or last is None or last < first:
             raise Failure(f"affinity {text!r}: write host CPUs as in 0-1,2")
-        cpus += range(int(first), int(last or first) + 1)
+        cpus += range(first, last + 1)
     return cpus
+
+
+def _decimal(text: str) -> int | None:
+    """A number of 16 bits that is written in digits."""
+    number = int(text) if text.isdecimal() and len(text) <= 5 else -1
+    return number if 0 <= number <= 0xFFFF else None
 
 
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -99,12 +99,12 @@ impl Inner {
         }
     }
 
-    /// Whether the vCPU whose turn it is has been outside for longer than the others wait. `seen` is what the caller
-    /// has found the last time.
+    /// Whether the vCPU whose turn it is has been outside for longer than the others wait. One whose thread waits for its
+    /// turn is not: the host has only not run it since it got that. `seen` is what the caller has found the last time.
     fn is_overdue(&self, seen: &mut Option<(usize, u64, Instant)>) -> bool {
         let holder = self.schedule.holder();
         let visit = &self.visits[holder];
-        if visit.is_inside || visit.count == 0 {
+        if visit.is_inside || visit.count == 0 || self.schedule.is_waiting(holder) {
             *seen = None;
             return false;
         }
@@ -426,6 +426,22 @@ mod tests {
         assert!(!waiting.is_finished(), "it is vCPU 1's turn now");
         shared.end_slice(1, 1000, Pause::Slice);
         waiting.join().unwrap();
+    }
+
+    #[test]
+    fn test_vcpu_that_waits_and_whose_thread_the_host_does_not_run_keeps_its_place() {
+        let shared = shared(2, ClockKind::Virtual);
+        drop(shared.take_turn(0).unwrap());
+        shared.go_outside(0, 1);
+        shared.step_aside(0);
+        for is_waiting in [true, false] {
+            let mut inner = shared.lock();
+            inner.schedule.set_waiting(0, is_waiting);
+            let mut seen = None;
+            assert!(!inner.is_overdue(&mut seen), "seen for the first time");
+            std::thread::sleep(LITTLE_PATIENCE);
+            assert_eq!(inner.is_overdue(&mut seen), !is_waiting);
+        }
     }
 
     #[test]

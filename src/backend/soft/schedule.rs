@@ -82,6 +82,11 @@ impl Schedule {
         self.seats[vcpu].is_waiting = is_waiting;
     }
 
+    /// Whether the vCPU's thread waits for its turn.
+    pub fn is_waiting(&self, vcpu: usize) -> bool {
+        self.seats[vcpu].is_waiting
+    }
+
     /// The vCPU waits for an interrupt, or for none any more.
     pub fn set_halt(&mut self, vcpu: usize, halt: Option<Halt>) {
         self.seats[vcpu].halt = halt;

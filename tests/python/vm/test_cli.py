@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +204,34 @@ def test_standard_output_that_is_closed_ends_with_141(start: Callable, guest: Ca
     assert (status, errors) == (141, b"")
 
 
+def test_standard_streams_that_are_closed_are_nobody_elses(start: Callable, guest: Callable[..., Path]) -> None:
+    # The image would be the standard input, and the descriptor of the CPU the output.
+    closed = functools.partial(os.closerange, 0, 2)
+
+    assert start(guest("stdin"), preexec_fn=closed).finish(LIMIT) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(("words", "expected"), [(["--stats", "hello"], 0), (["crash"], 134), (["run"], 2)])
+def test_standard_error_that_takes_nothing_leaves_the_status(
+    start: Callable, guest: Callable[..., Path], words: list[str], expected: int
+) -> None:
+    named = [guest(word) if word in ("hello", "crash") else word for word in words]
+
+    with open("/dev/full", "wb") as full:
+        child = start(*named, stderr=full, stdout=subprocess.DEVNULL)
+
+    assert child.process.wait(LIMIT) == expected
+
+
+def test_text_that_the_locale_lacks_is_replaced(run: Callable, guest: Callable[..., Path], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("print('5 µs')", encoding="utf-8")
+
+    status, output, errors = run("debug", guest("hello"), "-x", script, env={"PYTHONIOENCODING": "ascii"})
+
+    assert (status, output.splitlines()[0]) == (0, b"5 ?s"), errors
+
+
 # The configuration file.
 
 
@@ -284,6 +314,10 @@ def test_configuration_file_that_is_wrong_is_one_line(
         (["-m", "8GiB", "IMAGE"], "at most 3072 MiB"),
         (["-c", "0", "IMAGE"], "0 is not in the range"),
         (["-c", "x", "IMAGE"], "x"),
+        (["-c", "5000000000", "IMAGE"], "less than 4294967296"),
+        (["-m", "99999999T", "IMAGE"], "less than"),
+        (["-s=" + "9" * 5000, "IMAGE"], "is no port"),
+        (["-a", "0-9999999999", "IMAGE"], "write host CPUs"),
         (["-e", "NAME", "IMAGE"], "write KEY=VALUE"),
         (["--file-mapping", "x", "IMAGE"], "write HOST:GUEST"),
         (["--file-mapping", "/x/y/z:/a", "IMAGE"], "/x/y/z"),

@@ -10,7 +10,7 @@ import pytest
 from uhyve import BreakpointError, ConditionError, Debugger, Vm, VmStateError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import Any
 
@@ -251,6 +251,20 @@ def test_condition_that_does_not_compile_names_the_column_and_sets_nothing(loop:
 def test_condition_that_is_neither_text_nor_callable_is_a_type_error(loop: Path) -> None:
     with Vm(loop).debug() as dbg, pytest.raises(TypeError, match="a condition is"):
         dbg.breakpoint("work", condition=3)
+
+
+def test_condition_that_would_have_to_be_awaited_or_iterated_is_a_type_error(loop: Path) -> None:
+    async def awaited(hit: Hit) -> bool:
+        return hit.arg(0) == 2
+
+    def iterated(hit: Hit) -> Iterator[bool]:
+        yield hit.arg(0) == 2
+
+    with Vm(loop).debug() as dbg:
+        for condition in (awaited, iterated):
+            with pytest.raises(TypeError, match="await or iterate"):
+                dbg.breakpoint("work", condition=condition)
+        assert dbg.breakpoints == []
 
 
 @pytest.mark.parametrize("condition", ["u8[0x500000000000] == 1", "arg0 // (arg0 - 2) > 100", "1 << arg1 - 4 > 9999"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,18 @@ def sections(image: bytes) -> dict[str, tuple[int, int]]:
     start = headers[strings][4]
     named = {image[start + h[0] :].split(b"\0", 1)[0].decode(): (h[4], h[5]) for h in headers}
     return {name: place for name, place in named.items() if name.startswith(".debug_") or name == ".eh_frame"}
+
+
+def test_debug_information_that_the_linker_has_compressed_is_read(guest: Callable[..., Path], tmp_path: Path) -> None:
+    image = tmp_path / "compressed"
+    subprocess.run(["objcopy", "--compress-debug-sections=zlib", guest("frames"), image], check=True)
+
+    with Vm(guest("frames")).debug() as plain, Vm(image).debug() as compressed:
+        places = [[frame.line for frame in (to(dbg, "leaf"), dbg.backtrace())[1]] for dbg in (plain, compressed)]
+
+    assert len(image.read_bytes()) < len(guest("frames").read_bytes())
+    assert places[0] == places[1]
+    assert None not in places[0][:2]
 
 
 @pytest.mark.timeout(120)

@@ -112,7 +112,10 @@ def test_start_with_memory_that_the_image_cant_have_says_so(
 
 @pytest.mark.parametrize(
     "memory",
-    ["0", "14MiB", "16MB1", "17MiB", "sixteen", "", "64 QiB", "-64MiB", "1e9", "1.0000001GiB", 1, -1, 0, 2**63],
+    [
+        *("0", "14MiB", "16MB1", "17MiB", "sixteen", "", "64 QiB", "-64MiB", "1e9", "1.0000001GiB"),
+        *("99999999T", "9" * 400 + ".0", 1, -1, 0, 2**63),
+    ],
 )
 def test_vm_with_a_bad_memory_size_is_refused(memory: str | int) -> None:
     with pytest.raises(ConfigError):
