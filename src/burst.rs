@@ -47,18 +47,30 @@ pub(crate) struct Burst {
     pub(crate) after_hit: AfterHit,
 }
 
-/// Whether bursts pay here, by the time stamp counter.
+/// Whether bursts pay here, by the time stamp counter: what one of them makes of an exit costs less than the exit.
 #[derive(Default)]
-struct Worth {
-    /// Port exits that were measured, and their time.
+pub(crate) struct Worth {
+    /// Exits that were measured, and the shortest time of one: others were held up by something.
     exits: u64,
-    exits_time: u64,
-    /// Port accesses in bursts, and the time of those bursts.
-    accesses: u64,
+    exit_time: u64,
+    /// Exits that bursts have saved, and the time of those bursts.
+    saved: u64,
     bursts_time: u64,
+    /// Judgements that may go against bursts before these pause: a thread that has to wait for its CPU is none of their faults.
+    credit: u32,
     /// Exits for which no burst is tried, and how many it will be the next time.
     pause: u64,
     next_pause: u64,
+}
+
+/// How bursts of a kind are judged.
+pub(crate) struct Judgement {
+    /// When they have saved so many exits, or had the time for it.
+    pub(crate) enough: u64,
+    /// The most [`Worth::credit`] that they earn by paying.
+    pub(crate) most_credit: u32,
+    /// Exits of the first pause.
+    pub(crate) first_pause: u64,
 }
 
 /// Whether bursts after emulated instructions or hits are long enough.
@@ -91,42 +103,50 @@ impl Few {
 
 /// Exits that are measured before the first burst.
 const SAMPLE: u64 = 8;
-/// Accesses in bursts before these are judged.
-const ENOUGH: u64 = 256;
-const FIRST_PAUSE: u64 = 256;
+const OF_PORTS: Judgement = Judgement { enough: 256, most_credit: 0, first_pause: 256 };
 const LONGEST_PAUSE: u64 = 1 << 16;
 
 impl Worth {
     /// Notes the time of an exit, from the entry before it; whether a burst may follow.
-    fn exit(&mut self, time: u64) -> bool {
-        if self.exits < SAMPLE {
-            self.exits += 1;
-            self.exits_time = self.exits_time.saturating_add(time);
-            return false;
-        }
+    pub(crate) fn exit(&mut self, time: u64) -> bool {
         if self.pause > 0 {
             self.pause -= 1;
+            return false;
+        }
+        self.exit_time = if self.exits == 0 { time } else { self.exit_time.min(time) };
+        if self.exits < SAMPLE {
+            self.exits += 1;
             return false;
         }
         true
     }
 
-    /// Notes a burst, and judges.
-    fn burst(&mut self, accesses: u64, time: u64) {
-        self.accesses += accesses;
+    /// The time of an exit, as far as is known.
+    pub(crate) fn exit_time(&self) -> u64 {
+        self.exit_time
+    }
+
+    /// Notes the exits that a burst has saved, and its time; judges when there is enough of it. If bursts don't pay, there are
+    /// none for a while, and for twice as long each further time.
+    pub(crate) fn burst(&mut self, saved: u64, time: u64, judgement: &Judgement) {
+        let Judgement { enough, most_credit, first_pause } = *judgement;
+        self.saved += saved;
         self.bursts_time = self.bursts_time.saturating_add(time);
-        if self.accesses < ENOUGH && self.bursts_time < ENOUGH.saturating_mul(self.exits_time / SAMPLE) {
+        if self.saved < enough && self.bursts_time < enough.saturating_mul(self.exit_time) {
             return;
         }
-        let pays = self.bursts_time / self.accesses.max(1) < self.exits_time / SAMPLE;
-        (self.accesses, self.bursts_time) = (0, 0);
+        let pays = self.bursts_time / self.saved.max(1) < self.exit_time;
+        (self.saved, self.bursts_time) = (0, 0);
         if pays {
-            self.next_pause = FIRST_PAUSE;
+            self.credit = (self.credit + 1).min(most_credit);
+            self.next_pause = first_pause;
+        } else if self.credit > 0 {
+            self.credit -= 1;
         } else {
-            self.pause = self.next_pause.max(FIRST_PAUSE);
+            self.pause = self.next_pause.max(first_pause);
             self.next_pause = (self.pause * 2).min(LONGEST_PAUSE);
-            // The next sample is as near in time to what it is compared with.
-            (self.exits, self.exits_time) = (0, 0);
+            // Behind the pause exits are measured anew, near in time to what they are compared with.
+            (self.exits, self.exit_time) = (0, 0);
         }
     }
 }
@@ -226,7 +246,7 @@ impl Seat<'_> {
         }
         self.settle_io()?;
         let (done, time) = self.burst()?;
-        self.context().burst.worth.burst(done.accesses, time);
+        self.context().burst.worth.burst(done.accesses, time, &OF_PORTS);
         self.end_burst(&done)
     }
 
@@ -335,6 +355,80 @@ impl Seat<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const STRICT: Judgement = Judgement { enough: 10, most_credit: 0, first_pause: 10 };
+
+    /// How many exits come before the next burst may.
+    fn exits_before_a_burst(worth: &mut Worth, time: u64) -> u64 {
+        (0..).take_while(|_| !worth.exit(time)).count() as u64
+    }
+
+    #[test]
+    fn test_bursts_begin_when_exits_are_measured_and_go_on_while_they_pay() {
+        let mut worth = Worth::default();
+        assert_eq!(exits_before_a_burst(&mut worth, 100), SAMPLE);
+        for _ in 0..1000 {
+            worth.burst(1, 99, &STRICT);
+            assert!(worth.exit(100));
+        }
+    }
+
+    #[test]
+    fn test_bursts_that_cost_more_than_exits_pause_ever_longer_until_they_pay() {
+        let mut worth = Worth::default();
+        let mut pauses = Vec::new();
+        for _ in 0..20 {
+            pauses.push(exits_before_a_burst(&mut worth, 100) - SAMPLE);
+            worth.burst(10, 1000, &STRICT);
+        }
+        assert_eq!(pauses[..5], [0, 10, 20, 40, 80]);
+        assert_eq!(pauses.last(), Some(&LONGEST_PAUSE));
+
+        exits_before_a_burst(&mut worth, 100);
+        worth.burst(10, 990, &STRICT);
+        assert!(worth.exit(100), "they pay again");
+        worth.burst(10, 1000, &STRICT);
+        assert_eq!(exits_before_a_burst(&mut worth, 100), 10 + SAMPLE);
+    }
+
+    #[test]
+    fn test_bursts_that_save_nothing_pause_when_they_had_the_time_of_enough_exits() {
+        let mut worth = Worth::default();
+        exits_before_a_burst(&mut worth, 100);
+        worth.burst(0, 999, &STRICT);
+        assert!(worth.exit(100));
+        worth.burst(0, 1, &STRICT);
+        assert_eq!(exits_before_a_burst(&mut worth, 100), 10 + SAMPLE);
+    }
+
+    #[test]
+    fn test_exits_that_were_held_up_make_no_burst_pay() {
+        let mut worth = Worth::default();
+        for time in [100, 1_000_000, 1_000_000, 1_000_000, 1_000_000, 1_000_000, 1_000_000, 1_000_000] {
+            assert!(!worth.exit(time));
+        }
+        assert!(worth.exit(1_000_000));
+        worth.burst(10, 1010, &STRICT);
+        assert!(!worth.exit(100));
+    }
+
+    #[test]
+    fn test_bursts_that_have_paid_may_cost_more_as_often_before_they_pause() {
+        let lenient = Judgement { enough: 1, most_credit: 3, first_pause: 10 };
+        let mut worth = Worth::default();
+        exits_before_a_burst(&mut worth, 100);
+        for _ in 0..5 {
+            worth.burst(10, 100, &lenient);
+        }
+        for _ in 0..3 {
+            worth.burst(1, 5000, &lenient);
+            assert!(worth.exit(100));
+        }
+        worth.burst(1, 5000, &lenient);
+        assert_eq!(exits_before_a_burst(&mut worth, 100), 10 + SAMPLE);
+        worth.burst(1, 5000, &lenient);
+        assert_eq!(exits_before_a_burst(&mut worth, 100), 20 + SAMPLE, "nothing is left");
+    }
 
     #[test]
     fn test_short_bursts_pause_ever_longer_and_a_long_one_ends_that() {

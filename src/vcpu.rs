@@ -203,8 +203,11 @@ impl<'a> Seat<'a> {
             return Ok(());
         }
         loop {
-            if self.judge()? == Flow::Leave || self.machine.engine.is_requested(self.number) {
+            if self.judge()? == Flow::Leave {
                 return Ok(());
+            }
+            if self.machine.engine.is_requested(self.number) {
+                return self.meet_before_safe_point();
             }
             let flow = if self.is_watching_by_steps() {
                 self.run_watched()?
@@ -231,7 +234,7 @@ impl<'a> Seat<'a> {
             return self.burst_after(exit, time);
         }
         if flow == Flow::Continue && self.machine.judges_in_software() {
-            return self.burst_after_hit();
+            return self.burst_after_hit(exit);
         }
         Ok(flow)
     }

@@ -142,6 +142,9 @@ pub trait Vcpu: Send {
     fn inject(&mut self, exception: Exception) -> Result<()>;
     /// Whether the vCPU waits in HLT.
     fn is_halted(&mut self) -> Result<bool>;
+    /// Whether the instruction at the program counter comes next: the vCPU doesn't sleep, and nothing that was given to
+    /// it waits to be delivered before. False also where that isn't known.
+    fn is_at_instruction(&mut self) -> Result<bool>;
     /// Puts the vCPU to sleep as HLT does: at the next `run` it waits for an interrupt first.
     fn halt(&mut self) -> Result<()>;
     /// A handle that makes `run` return from any thread.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 pub(super) use super::breakpoints::INT3;
 use super::breakpoints::{Breakpoint, Hit, SiteKind};
 use super::bus::GuestBus;
-use super::engine::Owner;
+use super::engine::{Owner, Status};
 use super::stop::{Event, StopReason};
 use super::values::Values;
 use super::watchpoints::Touch;
@@ -161,7 +161,7 @@ impl Seat<'_> {
         self.look_for_stepped()
     }
 
-    fn look_for_stepped(&mut self) -> Result<Flow> {
+    pub(super) fn look_for_stepped(&mut self) -> Result<Flow> {
         if !self.context().debug.single_step {
             return Ok(Flow::Continue);
         }
@@ -178,6 +178,25 @@ impl Seat<'_> {
         }
         self.context().burst.after_hit.note_hit();
         self.leave_site()
+    }
+
+    /// A vCPU that is asked to its safe point, and has just come to a breakpoint, meets it first: gdb takes a thread that
+    /// stands at a breakpoint for one that has reported it, and steps over it unasked. Where something waits to be
+    /// delivered, or an interrupt to end HLT, it has not come there yet.
+    pub(crate) fn meet_before_safe_point(&mut self) -> Result<()> {
+        let machine = self.machine;
+        if machine.generation() == 0 || matches!(machine.engine.status(), Status::Ended(_)) {
+            return Ok(());
+        }
+        self.settle_io()?;
+        let context = self.context();
+        let is_between = context.calls.is_empty() && context.watching.touches.is_empty();
+        let pc = context.cpu.registers()?.rip;
+        let has_come = context.passed != Some(pc) && machine.site_at(pc).is_some();
+        if is_between && has_come && context.cpu.is_at_instruction()? {
+            self.hit(pc)?;
+        }
+        Ok(())
     }
 
     /// The decision chain of every breakpoint at `pc`; what those say that stop. All are asked.
@@ -237,7 +256,7 @@ impl Seat<'_> {
         }
         if let (Some(predicate), None) = (&condition.predicate, &failure) {
             self.settle_io()?;
-            self.bring_state_for_callable()?;
+            self.bring_state_back()?;
             let alive = Arc::new(AtomicBool::new(true));
             let hit = Hit {
                 machine: self.machine.clone(),

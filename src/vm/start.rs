@@ -105,7 +105,7 @@ impl Machine {
             coalesced: backend.coalesced(),
             has_bursts: has_bursts && backend.name() == "kvm",
             is_native,
-            judges_in_software: backend.name() == "kvm" && !is_native && !is_timed,
+            judges_in_software: backend.name() == "kvm" && !is_timed,
             pump: Pump::default(),
             contexts: vcpus.into_iter().map(|cpu| Mutex::new(Some(Context::new(cpu)))).collect(),
             backend_name: backend.name(),

@@ -600,6 +600,11 @@ impl Cpu {
         self.restore(state);
     }
 
+    /// Whether interrupts are held off until after the next instruction.
+    pub fn interrupt_shadow(&self) -> bool {
+        self.engine.core.state.interrupt_shadow
+    }
+
     /// A copy of all architectural state.
     pub fn snapshot(&self) -> State {
         let mut state = self.engine.core.state;

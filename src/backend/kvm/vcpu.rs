@@ -464,6 +464,10 @@ impl Vcpu for KvmVcpu {
         Ok(state.mp_state == kvm_bindings::KVM_MP_STATE_HALTED)
     }
 
+    fn is_at_instruction(&mut self) -> Result<bool> {
+        Ok(!self.is_halted()? && self.lend_state(false)?.is_some())
+    }
+
     fn halt(&mut self) -> Result<()> {
         self.changes += 1;
         // HLT is behind the instruction whose interrupts STI holds off; a shadow that stays would keep it asleep.

@@ -389,6 +389,12 @@ impl Vcpu for SoftVcpu {
         Ok(self.cpu.is_halted())
     }
 
+    fn is_at_instruction(&mut self) -> Result<bool> {
+        let state = self.cpu.snapshot();
+        let is_awake = !state.halted && !state.shut_down;
+        Ok(is_awake && state.injected.is_none() && state.pending_read.is_none())
+    }
+
     fn halt(&mut self) -> Result<()> {
         // HLT is behind the instruction whose interrupts STI holds off; a shadow that stays would keep it asleep.
         let state = State { halted: true, interrupt_shadow: false, ..self.cpu.snapshot() };
