@@ -6,6 +6,7 @@ Environment variables turn a skip for a missing part of the machine into a failu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -296,6 +297,20 @@ class Child:
         return self.process.returncode, self.seen, errors
 
 
+@contextlib.contextmanager
+def signals_heard() -> Iterator[None]:
+    """Whoever started the tests may ignore signals, as nohup does; a process that is started in here doesn't."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., Child]]:
     """``spawn(command, **popen)`` starts a process, which is killed at the test's end if it still runs then."""
@@ -303,7 +318,8 @@ def spawn() -> Iterator[Callable[..., Child]]:
 
     def start(command: Sequence[str | Path], **options: Any) -> Child:
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        child = Child(subprocess.Popen([str(word) for word in command], **options))
+        with signals_heard():
+            child = Child(subprocess.Popen([str(word) for word in command], **options))
         children.append(child)
         return child
 
