@@ -166,6 +166,15 @@ fn is_hypercall(port: u16) -> bool {
     hypercall::identify(port).is_some_and(|call| call.kind() != Kind::Exit)
 }
 
+/// Whether a burst may begin after an exit for its port's sake.
+#[inline]
+pub(crate) fn is_of_bursts(exit: Exit) -> bool {
+    if let Exit::IoOut { port, count: 1, .. } = exit {
+        return pci::is_pci(port) || is_hypercall(port);
+    }
+    if let Exit::IoIn { port, count: 1, .. } = exit { pci::is_pci(port) } else { false }
+}
+
 /// What a burst came to.
 struct Done {
     accesses: u64,
@@ -225,11 +234,6 @@ impl Seat<'_> {
     /// Goes on in a burst after an exit that was answered, if that may be and pays; `time` is how long it took from entry
     /// to exit.
     pub(crate) fn burst_after(&mut self, exit: Exit, time: u64) -> Result<Flow> {
-        let is_port = match exit {
-            Exit::IoIn { port, count: 1, .. } => pci::is_pci(port),
-            Exit::IoOut { port, count: 1, .. } => pci::is_pci(port) || is_hypercall(port),
-            _ => false,
-        };
         let machine = self.machine;
         let may_be = machine.generation() == 0 && self.context().calls.is_empty() && counts_zeros();
         let burst = &mut self.context().burst;
@@ -241,7 +245,7 @@ impl Seat<'_> {
             burst.few.note(burst.instructions.wrapping_sub(before));
             return self.end_burst(&done);
         }
-        if !is_port || !may_be || !burst.worth.exit(time) {
+        if !is_of_bursts(exit) || !may_be || !burst.worth.exit(time) {
             return Ok(Flow::Continue);
         }
         self.settle_io()?;

@@ -56,9 +56,17 @@ impl ExitKind {
 
 /// One vCPU's counters, on cache lines of their own.
 #[repr(align(128))]
-struct Counters {
+pub(crate) struct Counters {
     exits: [AtomicU64; ExitKind::ALL.len()],
     hypercalls: [AtomicU64; Kind::ALL.len()],
+}
+
+impl Counters {
+    /// Counts an exit.
+    #[inline]
+    pub(crate) fn count(&self, kind: ExitKind) {
+        bump(&self.exits[kind as usize]);
+    }
 }
 
 /// The counters of a VM.
@@ -79,7 +87,13 @@ impl Stats {
     /// Counts an exit.
     #[inline]
     pub fn count(&self, vcpu: u32, kind: ExitKind) {
-        bump(&self.vcpus[vcpu as usize].exits[kind as usize]);
+        self.counters(vcpu).count(kind);
+    }
+
+    /// The counters of one vCPU.
+    #[inline]
+    pub(crate) fn counters(&self, vcpu: u32) -> &Counters {
+        &self.vcpus[vcpu as usize]
     }
 
     /// Counts a hypercall.

@@ -1,6 +1,8 @@
 //! A vCPU's thread: it runs the guest, answers its exits, and comes to the engine's safe point when it is asked to.
 //! What it does at breakpoints and steps is in [`crate::debug::stepping`].
 
+mod quick;
+
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +13,6 @@ use crate::burst::{Burst, ticks};
 use crate::debug::engine::{Command, End, Plan};
 use crate::debug::stop::{Event, StopReason};
 use crate::debug::watching::Watching;
-use crate::devices::pci::{self, Firmware};
 use crate::error::{Crash, CrashReason, Error, Result};
 use crate::hypercall::{self, Call, Outcome, Request};
 use crate::memory::record_writes;
@@ -221,12 +222,9 @@ impl<'a> Seat<'a> {
         }
     }
 
-    /// Runs the guest until an exit and answers that.
+    /// Runs the guest until an exit that is more than a question with a quick answer, and sees to that.
     fn run_once(&mut self) -> Result<Flow> {
-        let entered = if self.machine.has_bursts() { ticks() } else { 0 };
-        self.sampler.enter();
-        let exit = self.context().cpu.run()?;
-        self.sampler.leave();
+        let Some((exit, entered)) = self.next_exit()? else { return Ok(Flow::Continue) };
         let time = if self.machine.has_bursts() { ticks().wrapping_sub(entered) } else { 0 };
         let flow = self.handle(exit)?;
         self.sampler.finish(&self.machine.stats.latencies, self.number);
@@ -253,14 +251,17 @@ impl<'a> Seat<'a> {
         // Port writes that KVM queued came before this exit.
         let (machine, number) = (self.machine, self.number);
         machine.drain(number, &|| machine.engine.is_requested(number))?;
+        if let Some(kind) = quick::answer(machine, self.context().cpu.as_mut(), exit) {
+            self.count(kind);
+            return Ok(Flow::Continue);
+        }
         match exit {
-            Exit::IoOut { port, size, count, value } => self.port_out(port, size, count, value),
-            Exit::IoIn { port, size, .. } => {
-                self.port_in(port, size);
-                Ok(Flow::Continue)
-            }
-            Exit::MmioRead { address, size } => self.mmio(address, size, false),
-            Exit::MmioWrite { address, size } => self.mmio(address, size, true),
+            Exit::IoOut { port, size, count: 1, value } => self.hypercall(port, size, value),
+            Exit::IoOut { port, size, .. } => self.string_out(port, size),
+            // Every port has answered.
+            Exit::IoIn { .. } => Ok(Flow::Continue),
+            Exit::MmioRead { address, size } => self.unknown_mmio(address, size, false),
+            Exit::MmioWrite { address, size } => self.unknown_mmio(address, size, true),
             Exit::Hlt => {
                 self.count(ExitKind::Hlt);
                 Ok(Flow::Continue)
@@ -307,19 +308,8 @@ impl<'a> Seat<'a> {
         result
     }
 
-    fn port_out(&mut self, port: u16, size: u8, count: u32, value: u32) -> Result<Flow> {
-        if count != 1 {
-            return self.string_out(port, size);
-        }
-        // Most exits of a booting kernel are its scan for PCI devices.
-        if self.machine.pci.write(port, size, value) {
-            self.count(ExitKind::PciWrite);
-            return Ok(Flow::Continue);
-        }
-        let Some(call) = hypercall::identify(port) else {
-            self.count(ExitKind::PortWrite);
-            return Ok(Flow::Continue);
-        };
+    fn hypercall(&mut self, port: u16, size: u8, value: u32) -> Result<Flow> {
+        let Some(call) = hypercall::identify(port) else { return Ok(Flow::Continue) };
         self.count_hypercall(call.kind());
         let rdi = if call.needs_rdi() { self.context().cpu.registers()?.general[RDI] } else { 0 };
         self.call(PendingCall::new(call, port, usize::from(size), value, rdi))
@@ -416,26 +406,9 @@ impl<'a> Seat<'a> {
         Ok(Flow::Continue)
     }
 
-    fn port_in(&mut self, port: u16, size: u8) {
-        let kind = if pci::is_pci(port) { ExitKind::PciRead } else { ExitKind::PortRead };
-        self.count(kind);
-        let pci = &self.machine.pci;
-        let answer = pci.read(port, size);
-        let data = self.guard.as_mut().and_then(|g| g.as_mut()).expect("locked by this thread").cpu.io_data();
-        for element in data.chunks_mut(usize::from(size).max(1)) {
-            element.copy_from_slice(&answer[..element.len()]);
-        }
-    }
-
-    fn mmio(&mut self, address: u64, size: usize, write: bool) -> Result<Flow> {
+    fn unknown_mmio(&mut self, address: u64, size: usize, write: bool) -> Result<Flow> {
         self.count(if write { ExitKind::MmioWrite } else { ExitKind::MmioRead });
-        if !Firmware::contains(address) {
-            return self.crash(CrashReason::UnknownMmio { address, size, write });
-        }
-        if !write {
-            self.context().cpu.io_data().fill(0);
-        }
-        Ok(Flow::Continue)
+        self.crash(CrashReason::UnknownMmio { address, size, write })
     }
 
     /// The guest ends itself.

@@ -6,6 +6,7 @@ pub(crate) mod signal;
 pub mod soft;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::Result;
 use crate::memory::GuestMemory;
@@ -54,8 +55,13 @@ pub type Afterwork = Box<dyn FnOnce() + Send>;
 
 /// Port writes that wait. They happened before any exit that is handled after them, and are taken first.
 pub trait Coalesced: Send + Sync {
+    /// Where the next one is taken from, and where KVM puts the next one.
+    fn marks(&self) -> (&AtomicU32, &AtomicU32);
     /// Whether none waits. Cheap.
-    fn is_empty(&self) -> bool;
+    fn is_empty(&self) -> bool {
+        let (first, last) = self.marks();
+        first.load(Ordering::Relaxed) == last.load(Ordering::Acquire)
+    }
     /// Gives each write, port and bytes, to `take`, in their order, until that refuses one (which stays).
     fn drain(&self, take: &mut dyn FnMut(u16, &[u8]) -> bool);
 }

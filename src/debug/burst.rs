@@ -64,6 +64,11 @@ impl AfterHit {
         self.is_due = true;
     }
 
+    /// Exits that were no hits have been answered.
+    pub(crate) fn note_other(&mut self) {
+        self.last = None;
+    }
+
     /// Whether an exit was a hit that stopped nobody; else, whether it was a step.
     fn take_hit(&mut self, is_step: bool) -> bool {
         let is_due = std::mem::take(&mut self.is_due);

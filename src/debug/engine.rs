@@ -232,6 +232,11 @@ impl Engine {
         *self.slots[vcpu as usize].kick.lock().unwrap_or_else(|e| e.into_inner()) = kick;
     }
 
+    /// What [`Engine::is_requested`] looks at.
+    pub(crate) fn request_flag(&self, vcpu: u32) -> &AtomicBool {
+        &self.slots[vcpu as usize].request
+    }
+
     /// Whether the vCPU's thread is asked to come to its safe point. Cheap; looked at before each entry.
     #[inline]
     pub fn is_requested(&self, vcpu: u32) -> bool {

@@ -91,9 +91,17 @@ impl Call {
     }
 }
 
+/// The lowest port of a hypercall: a PC's own devices are below.
+const LOWEST: u16 = 0x400;
+
 /// The hypercall at an I/O port, if there is one.
-#[allow(deprecated)]
+#[inline]
 pub fn identify(port: u16) -> Option<Call> {
+    if port < LOWEST { None } else { identify_above(port) }
+}
+
+#[allow(deprecated)]
+fn identify_above(port: u16) -> Option<Call> {
     use v1::HypercallAddress as V1;
     use v2::HypercallAddress as V2;
     if let Ok(address) = V2::try_from(u64::from(port)) {

@@ -21,6 +21,7 @@ pub fn bench_clock(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("source", found.source)?;
     dict.set_item("invariant", found.invariant)?;
+    dict.set_item("tried", found.tried)?;
     dict.set_item("kernel", found.kernel)?;
     dict.set_item("ticks_per_ns", found.ticks_per_ns)?;
     dict.set_item("cost_min_ns", found.cost_ns.0)?;

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use super::Machine;
@@ -48,6 +49,12 @@ impl Machine {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The two marks of that queue, which are equal while nothing waits in it.
+    #[inline]
+    pub(crate) fn queue(&self) -> Option<(&AtomicU32, &AtomicU32)> {
+        self.coalesced.as_ref().map(|queue| queue.marks())
     }
 
     /// Takes the port writes that wait in the queue; what is counted, is for `vcpu`. While the queue is locked nothing

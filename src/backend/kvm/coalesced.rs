@@ -61,8 +61,8 @@ impl Drop for Ring {
 }
 
 impl Coalesced for Ring {
-    fn is_empty(&self) -> bool {
-        self.first().load(Ordering::Relaxed) == self.last().load(Ordering::Acquire)
+    fn marks(&self) -> (&AtomicU32, &AtomicU32) {
+        (self.first(), self.last())
     }
 
     fn drain(&self, take: &mut dyn FnMut(u16, &[u8]) -> bool) {

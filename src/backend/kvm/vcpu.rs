@@ -1,6 +1,7 @@
 //! A vCPU of KVM: KVM_RUN and what comes back from it, registers through the shared page where that saves an ioctl,
 //! guest debug, injection.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
@@ -105,38 +106,46 @@ impl KvmVcpu {
     }
 
     /// KVM_RUN. `Ok(false)`: interrupted.
+    #[inline]
     fn enter(&mut self) -> Result<bool> {
-        use std::os::fd::AsRawFd;
-        // KVM_RUN = _IO(KVMIO, 0x80). The typed wrapper decodes exits into borrowed slices, which this file does itself.
-        const KVM_RUN: libc::c_ulong = 0xae80;
         if self.sync_exits > 0 {
-            self.sync_exits -= 1;
-            if self.sync_exits == 0 {
-                self.fd.clear_sync_valid_reg(SyncReg::Register);
-            }
+            self.count_sync_exit();
         }
         self.io = None;
         self.system = None;
         self.has_injected = false;
-        // SAFETY: a vCPU fd and a request without argument; what the guest does stays in guest memory.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
+        // SAFETY: a vCPU fd; what the guest does stays in guest memory.
+        let result = unsafe { kvm_run(self.fd.as_raw_fd()) };
         self.dirty = false;
         self.synced = self.sync_exits > 0;
-        if result == 0 {
-            return Ok(true);
-        }
-        let error = std::io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EINTR | libc::EAGAIN) => Ok(false),
-            _ => Err(Error::Hypervisor { call: "KVM_RUN", source: error }),
+        if result == 0 { Ok(true) } else { interrupted(result) }
+    }
+
+    #[cold]
+    fn count_sync_exit(&mut self) {
+        self.sync_exits -= 1;
+        if self.sync_exits == 0 {
+            self.fd.clear_sync_valid_reg(SyncReg::Register);
         }
     }
 
+    #[inline]
     fn decode(&mut self) -> Exit {
+        // The two that come by the thousand, without a jump table.
+        let reason = self.page().exit_reason;
+        if reason == KVM_EXIT_IO {
+            return self.decode_io();
+        }
+        if reason == KVM_EXIT_MMIO {
+            return self.decode_mmio();
+        }
+        self.decode_rare()
+    }
+
+    #[inline(never)]
+    fn decode_rare(&mut self) -> Exit {
         let page = self.page();
         match page.exit_reason {
-            KVM_EXIT_IO => self.decode_io(),
-            KVM_EXIT_MMIO => self.decode_mmio(),
             KVM_EXIT_HLT => Exit::Hlt,
             KVM_EXIT_DEBUG => self.decode_debug(),
             KVM_EXIT_SHUTDOWN => Exit::Shutdown,
@@ -161,6 +170,7 @@ impl KvmVcpu {
         }
     }
 
+    #[inline]
     fn decode_io(&mut self) -> Exit {
         // SAFETY: the exit reason names the union's field.
         let io = unsafe { self.page().__bindgen_anon_1.io };
@@ -171,13 +181,16 @@ impl KvmVcpu {
         if u32::from(io.direction) != KVM_EXIT_IO_OUT {
             return Exit::IoIn { port, size, count };
         }
-        let mut first = [0u8; 4];
-        let data = self.io_data();
-        let n = usize::from(size).min(data.len()).min(4);
-        first[..n].copy_from_slice(&data[..n]);
-        Exit::IoOut { port, size, count, value: u32::from_le_bytes(first) }
+        let value = match *self.io_data() {
+            [a, b, c, d, ..] if size == 4 => u32::from_le_bytes([a, b, c, d]),
+            [a, b, ..] if size == 2 => u16::from_le_bytes([a, b]).into(),
+            [a, ..] => a.into(),
+            [] => 0,
+        };
+        Exit::IoOut { port, size, count, value }
     }
 
+    #[inline]
     fn decode_mmio(&mut self) -> Exit {
         let page = self.page();
         let base = std::ptr::from_ref(page) as usize;
@@ -286,6 +299,7 @@ impl Vcpu for KvmVcpu {
         self.kick.unbind();
     }
 
+    #[unsafe(link_section = "exit_path")]
     fn run(&mut self) -> Result<Exit> {
         if self.enter()? {
             return Ok(self.decode());
@@ -482,6 +496,42 @@ impl Vcpu for KvmVcpu {
 
     fn kick_handle(&self) -> Arc<dyn Kick> {
         self.kick.clone()
+    }
+}
+
+/// The system call by itself. libc's function for it is on another page of code, and its `errno` on one more of data: after
+/// an exit none of them may be known to the CPU any longer.
+///
+/// # Safety
+/// `fd` is a vCPU.
+#[inline]
+unsafe fn kvm_run(fd: RawFd) -> i64 {
+    // KVM_RUN = _IO(KVMIO, 0x80). The typed wrapper decodes exits into borrowed slices, which this file does itself.
+    const KVM_RUN: u64 = 0xae80;
+    let result: i64;
+    // SAFETY: Linux's convention for system calls on x86-64; this one has no argument, and the caller vouches for `fd`.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") libc::SYS_ioctl => result,
+            in("rdi") i64::from(fd),
+            in("rsi") KVM_RUN,
+            in("rdx") 0u64,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result
+}
+
+/// What a KVM_RUN that failed comes to.
+#[cold]
+fn interrupted(result: i64) -> Result<bool> {
+    let source = std::io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
+    match source.raw_os_error() {
+        Some(libc::EINTR | libc::EAGAIN) => Ok(false),
+        _ => Err(Error::Hypervisor { call: "KVM_RUN", source }),
     }
 }
 
