@@ -37,7 +37,7 @@ CONDITION_REGISTERS: Final[dict[str, int]]
 """The registers of conditions by name, with the numbers that bytecode uses."""
 
 def bench_clock() -> dict[str, Any]:
-    """The clock of all measurements: ``source``, ``invariant``, ``tried``, ``kernel``, ``ticks_per_ns``, and what it costs."""
+    """The clock of all measurements: ``source``, ``invariant``, ``tried``, ``kernel``, ``ticks_per_ns``, its cost."""
 
 def bench_crowd(cpus: int, rounds: int) -> list[float]:
     """Kicks threads in bare KVM_RUN loops together; nanoseconds until the caller is told that all are out."""

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     StrPath: TypeAlias = str | os.PathLike[str]
     FileSource: TypeAlias = StrPath | bytes | bytearray | memoryview
-    Output: TypeAlias = Literal["capture", "stdout", "none"] | os.PathLike[str] | Callable[[bytes], object] | None
+    Output: TypeAlias = (
+        Literal["capture", "stdout", "stderr", "none"] | os.PathLike[str] | Callable[[bytes], object] | None
+    )
 
 __all__ = ["Vm", "parse_size"]
 
@@ -106,8 +108,9 @@ class Vm:
         What of the host the guest sees: guest path to host path, or to bytes. Directories are seen with all below.
     ``output``
         Where the guest's console goes. ``"capture"``: into ``VmResult.output``, up to ``output_limit`` bytes.
-        ``"stdout"``: to file descriptor 1. A ``pathlib.Path``: to that file, which must not exist. A callable: it gets
-        whole lines as ``bytes`` while the guest runs, on a thread of the VM. ``"none"`` or None: nowhere.
+        ``"stdout"``, ``"stderr"``: to file descriptor 1 or 2. A ``pathlib.Path``: to that file, which must not exist.
+        A callable: it gets whole lines as ``bytes`` while the guest runs, on a thread of the VM. ``"none"`` or None:
+        nowhere.
     ``backend``
         ``"kvm"``, ``"soft"`` (a CPU in software, which needs no KVM), or ``"auto"``: KVM where it runs the guest's
         kernel on the CPU itself, else ``"soft"``. The environment variable ``UHYVE_BACKEND`` takes the place of
@@ -347,9 +350,10 @@ class Vm:
         arguments = {**self._arguments, **(changed or {}), "debugging": run.debugging}
         if self._host_environment:
             arguments["env"] = _environment(os.environ)
-        if arguments["output"] == "stdout" and sys.stdout is not None:
+        stream = {"stdout": sys.stdout, "stderr": sys.stderr}.get(str(arguments["output"]))
+        if stream is not None:
             # What Python has printed so far comes before what the guest writes.
-            sys.stdout.flush()
+            stream.flush()
         # Kept by the run and nothing else, so that Ctrl-C at this very moment can't leave it running.
         run.machine = Machine(self._image, arguments)
         if run.interrupted:
@@ -504,14 +508,16 @@ def _output(output: Output) -> object:
     if output is None:
         return "none"
     if isinstance(output, str):
-        if output not in ("capture", "stdout", "none"):
+        if output not in ("capture", "stdout", "stderr", "none"):
             raise ConfigError(
-                f'output is {output!r}; it must be "capture", "stdout", "none", a callable or a pathlib.Path'
+                f'output is {output!r}; it must be "capture", "stdout", "stderr", "none", a callable or a pathlib.Path'
             )
     elif not callable(output) and not isinstance(output, os.PathLike):
         hint = ": pass its write method" if hasattr(output, "write") else ""
         found = type(output).__name__ + hint
-        raise TypeError(f'output must be "capture", "stdout", "none", a callable, or a pathlib.Path, not {found}')
+        raise TypeError(
+            f'output must be "capture", "stdout", "stderr", "none", a callable, or a pathlib.Path, not {found}'
+        )
     return output
 
 

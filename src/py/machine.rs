@@ -1,5 +1,6 @@
 //! A running VM as Python sees it. The package's `Vm` and `Debugger` are made of this.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -85,12 +86,18 @@ fn output(py: Python<'_>, arguments: &Arguments, callbacks: &Arc<Callbacks>) -> 
     if let Ok(word) = wanted.extract::<String>() {
         return match word.as_str() {
             "stdout" => Ok(Output::Stdout),
+            "stderr" => {
+                let same = std::io::stderr().as_fd().try_clone_to_owned();
+                same.map(|fd| Output::File(fd.into())).map_err(|source| {
+                    to_python(py, Error::Host { what: "the standard error output is not open".into(), source })
+                })
+            }
             "capture" => Ok(Output::Capture { limit: arguments.output_limit }),
             "none" => Ok(Output::Discard),
             _ => Err(to_python(
                 py,
                 Error::Config(format!(
-                    "output {word:?} is unknown; choose \"capture\", \"stdout\", \"none\", a callable, or a pathlib.Path for a file"
+                    "output {word:?} is unknown; choose \"capture\", \"stdout\", \"stderr\", \"none\", a callable, or a pathlib.Path for a file"
                 )),
             )),
         };

@@ -24,7 +24,6 @@ from uhyve.cli.ending import (
     prepare_signals,
     prepare_streams,
     say,
-    to_standard_error,
     user_errors,
 )
 from uhyve.cli.session import Session
@@ -209,7 +208,7 @@ def debug(
     keywords = settings.keywords(*split_arguments([*words, *ctx.meta["uhyve.tail"]]))
     if gdb == "-" and keywords["output"] == "stdout":
         # Standard output is the client's.
-        keywords["output"] = to_standard_error
+        keywords["output"] = "stderr"
     vm = uhyve.Vm(image, **keywords)
     prompt = not batch and gdb != "-" and sys.stdin.isatty() and sys.stdout.isatty()
     with vm.debug() as dbg:

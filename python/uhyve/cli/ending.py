@@ -55,12 +55,6 @@ def exit_code(dbg: uhyve.Debugger) -> int:
         return EXIT_KILLED
 
 
-def to_standard_error(text: bytes) -> None:
-    """A console for a guest whose standard output is taken."""
-    sys.stderr.buffer.write(text)
-    sys.stderr.buffer.flush()
-
-
 def prepare_streams() -> None:
     """Makes the standard streams ready for whatever is written to them."""
     for number in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_callable_output_that_is_slow_gets_everything(guest: Callable[..., Path]
     Vm(guest("output", defines=("LINES=30", "BUFFER_SIZE=0")), output=sink).run(LIMIT)
 
     assert sink.text == "".join(f"line {number}\n" for number in range(30)).encode() + b"the end without a newline"
+
+
+def test_standard_error_gets_everything_before_the_run_returns(
+    guest: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    print("before", file=sys.stderr, end="; ")
+    result = Vm(guest("output", defines=DEFINES), output="stderr").run(LIMIT)
+
+    out, err = capfd.readouterr()
+    assert err.encode() == b"before; " + expected()
+    assert out == ""
+    assert result.output == ""
 
 
 def test_file_output_gets_everything(guest: Callable[..., Path], tmp_path: Path) -> None:
