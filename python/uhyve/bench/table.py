@@ -108,9 +108,11 @@ def _remarks(report: Report) -> list[str]:
     """What was left out, what is doubtful, and by which clock."""
     lines = [f"skipped {name}: {reason}" for name, reason in report.skipped.items()]
     lines += [f"doubtful: {text}" for text in report.warnings()]
-    cost = report.clock["cost_p50_ns"]
+    cost, source = report.clock["cost_p50_ns"], report.clock["source"]
+    if report.clock.get("tried"):
+        source += ", tried on each CPU"
     lines.append(
-        f"{report.backend}, {report.seconds:.1f} s, clock {report.clock['source']}"
+        f"{report.backend}, {report.seconds:.1f} s, clock {source}"
         f" ({cost:.0f} ns a reading, of which each exit above has two)"
     )
     return lines
