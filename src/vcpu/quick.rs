@@ -47,7 +47,7 @@ fn answer_other(machine: &Machine, cpu: &mut dyn Vcpu, exit: Exit) -> Option<Exi
 
 impl Seat<'_> {
     /// Runs the guest until an exit that needs more, and when the guest was entered for it if bursts want to know.
-    /// `None`: somebody asks for this vCPU.
+    /// `None`: somebody asks for this vCPU, or it is to be armed anew.
     #[unsafe(link_section = "exit_path")]
     #[inline(never)]
     pub(super) fn next_exit(&mut self) -> Result<Option<(Exit, u64)>> {
@@ -57,6 +57,8 @@ impl Seat<'_> {
         let queue = machine.queue();
         let has_bursts = machine.has_bursts();
         let context = self.guard.as_mut().and_then(|g| g.as_mut()).expect("locked by this thread");
+        // A step is armed for one instruction only.
+        let is_stepping = context.debug.single_step;
         let sampler = &mut self.sampler;
         let mut is_first = true;
         loop {
@@ -80,7 +82,7 @@ impl Seat<'_> {
                 context.burst.after_hit.note_other();
                 is_first = false;
             }
-            if requested.load(Ordering::SeqCst) {
+            if is_stepping || requested.load(Ordering::SeqCst) {
                 return Ok(None);
             }
         }
