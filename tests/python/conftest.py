@@ -51,6 +51,8 @@ uhyve = "=0.2.3"
 # A shell has background jobs ignore Ctrl-C, which their children inherit: here the tests of Ctrl-C would fail.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Users have Python buffer what it prints into a pipe: so have the processes that tests start.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 
 def missing(reason: str, requirement: str) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +20,7 @@ from uhyve.cli.ending import (
     EXIT_USAGE,
     Failure,
     exit_code,
+    give_up_streams,
     prepare_signals,
     prepare_streams,
     say,
@@ -313,10 +313,13 @@ def _render(diagnosis: Diagnosis) -> None:
         text = finding.value if not finding.advice else f"{finding.value}\n[dim]→ {finding.advice}[/]"
         table.add_row(marks[finding.level], finding.name, text)
     console = Console()
-    console.print(table)
-    console.print(
-        f"\nuhyve {diagnosis.version}: " + ("guests run here" if diagnosis.usable else "[red]guests can't run here")
-    )
+    # By way of text: a stream that takes nothing is told of by its error, as elsewhere.
+    with console.capture() as captured:
+        console.print(table)
+        console.print(
+            f"\nuhyve {diagnosis.version}: " + ("guests run here" if diagnosis.usable else "[red]guests can't run here")
+        )
+    click.echo(captured.get(), nl=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -327,7 +330,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     first = words[0] if words else "--help"
     if first not in cli.commands and first not in ("-h", "--help", "-V", "--version"):
         words.insert(0, "run")
-    sys.exit(_status(words or [first]))
+    try:
+        status = _status(words or [first])
+    finally:
+        give_up_streams()
+    sys.exit(status)
 
 
 def _status(words: list[str]) -> int:
@@ -353,8 +360,6 @@ def _status(words: list[str]) -> int:
         return _complain(str(error), EXIT_USAGE)
     except OSError as error:
         if error.errno == errno.EPIPE:
-            # What Python has buffered has no reader either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return EXIT_PIPE
         where = f"{error.filename}: " if error.filename else ""
         return _complain(where + (error.strerror or str(error)), EXIT_HOST)

@@ -64,8 +64,20 @@ def prepare_streams() -> None:
             # It was closed, and the next file would take its number: the guest's console would go there.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A locale without "µ" is no reason to fail.
-        sys.stdout.reconfigure(errors="replace")
+        # A locale without "µ" is no reason to fail, and what a script prints stands among the guest's output where it
+        # was printed, in a file or a pipe, too.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+
+
+def give_up_streams() -> None:
+    """Lets go of what can't be written any more: Python would try once more as it ends, and change the status."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            # Full, without a reader, or closed or taken away by a script.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def prepare_signals() -> None:

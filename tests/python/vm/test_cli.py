@@ -204,6 +204,18 @@ def test_standard_output_that_is_closed_ends_with_141(start: Callable, guest: Ca
     assert (status, errors) == (141, b"")
 
 
+def test_standard_output_of_a_report_that_is_closed_ends_with_141(start: Callable) -> None:
+    readable, writable = os.pipe()
+    os.close(readable)
+
+    child = start("doctor", stdout=writable)
+    os.close(writable)
+
+    status, _, errors = child.finish(LIMIT)
+    assert status == 141
+    assert b"Traceback" not in errors
+
+
 def test_standard_streams_that_are_closed_are_nobody_elses(start: Callable, guest: Callable[..., Path]) -> None:
     # The image would be the standard input, and the descriptor of the CPU the output.
     closed = functools.partial(os.closerange, 0, 2)
@@ -221,6 +233,17 @@ def test_standard_error_that_takes_nothing_leaves_the_status(
         child = start(*named, stderr=full, stdout=subprocess.DEVNULL)
 
     assert child.process.wait(LIMIT) == expected
+
+
+def test_what_a_script_prints_stands_where_it_was_printed(
+    run: Callable, guest: Callable[..., Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("print('before')\nprint(dbg.cont().reason)\n")
+
+    status, output, _ = run("debug", guest("hello"), "-x", script)
+
+    assert (status, output) == (0, b"before\n" + GREETING + b"exit\n")
 
 
 def test_text_that_the_locale_lacks_is_replaced(run: Callable, guest: Callable[..., Path], tmp_path: Path) -> None:
