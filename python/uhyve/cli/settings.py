@@ -30,6 +30,8 @@ _VALUES = {
     "cpu.affinity": "affinity",
     "uhyve.gdb_port": "gdb_port",
 }
+_LONGEST = 1 << 20
+"""Bytes of a configuration file, at most."""
 ISOLATION = ("none", "normal", "strict")
 _MISSING = {
     "net": "has no network yet",
@@ -104,7 +106,11 @@ def _configuration(path: str | None) -> tuple[dict[str, Any], list[str]]:
     import tomllib
 
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            text = stream.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise Failure(f"{file}: this is no configuration file: it has more than {_LONGEST >> 20} MiB")
+        document = tomllib.loads(text.decode())
     except OSError as error:
         raise Failure(f"{file}: can't read the configuration: {error.strerror}") from None
     except ValueError as error:

@@ -353,6 +353,7 @@ def test_configuration_file_that_is_wrong_is_one_line(
         (["--timeout", "-1", "IMAGE"], "-1"),
         (["run"], "IMAGE"),
         (["--config", "/nowhere.toml", "IMAGE"], "/nowhere.toml: can't read the configuration"),
+        (["--config", "/dev/zero", "IMAGE"], "/dev/zero: this is no configuration file"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(
