@@ -16,7 +16,7 @@ from uhyve.bench.cases import CASES, CASES_BY_NAME, Case
 from uhyve.bench.facts import facts
 from uhyve.bench.report import ENOUGH, Exits, Report, Result, Verdict, coarse, quantile, summarize
 from uhyve.bench.ways import Round, Ways, floor
-from uhyve.errors import UhyveError
+from uhyve.errors import ConfigError, UhyveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -49,12 +49,14 @@ def run(
 ) -> Report:
     """Measures these cases, all if none are named, on a back end. ``progress`` is told what comes next.
 
-    Raises ``HypervisorUnavailableError`` where that back end can't run.
+    Raises ``ConfigError`` for a name that no case has, ``HypervisorUnavailableError`` where that back end can't run.
     """
     start = time.monotonic()
     backend = os.environ.get("UHYVE_BACKEND") or backend if backend == "auto" else backend
     name = _core.choose_backend(backend)[0]
-    wanted = set(cases)
+    wanted = {cases} if isinstance(cases, str) else set(cases)
+    if unknown := wanted - CASES_BY_NAME.keys():
+        raise ConfigError(f"there is no case {min(unknown)!r}; there are {', '.join(CASES_BY_NAME)}")
     report = Report(__version__, name, quick, 0.0, facts(), _core.bench_clock())
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         data = Path(folder, "data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,8 @@ def check(path: Path) -> None:
     """Raises ``ConfigError`` if no picture can be made there: before anything is measured for it."""
     if path.suffix not in _FORMATS:
         raise ConfigError(f"a plot is an {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, not {path.name!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"the plot {str(path)!r} can't be written: its directory is missing, or not writable")
     _figure()
 
 

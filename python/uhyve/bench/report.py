@@ -7,9 +7,13 @@ import operator
 import re
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from uhyve.bench.cases import CASES_BY_NAME
 from uhyve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 __all__ = [
     "ENOUGH",
@@ -19,6 +23,7 @@ __all__ = [
     "Result",
     "Summary",
     "Verdict",
+    "checked",
     "coarse",
     "holds",
     "parsed",
@@ -173,7 +178,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     """Cases that this machine can't do, and why."""
     floor: list[float] = field(default_factory=list)
-    """The bare loop's median before each case and behind the last, in nanoseconds."""
+    """The bare loop's median at the beginning, before every eighth case, and at the end, in nanoseconds."""
 
     def metric(self, name: str) -> float:
         """A number by its name, such as ``pio.ratio`` or ``timer.p99``. Raises ``ConfigError`` if there is none."""
@@ -236,6 +241,18 @@ def parsed(expression: str) -> tuple[str, str, float]:
         raise ConfigError(f"{expression!r} is no comparison such as 'pio.ratio>1.1'")
     name, relation, number = found.groups()
     return name, relation, float(number)
+
+
+def checked(expression: str, names: Collection[str]) -> None:
+    """Raises ``ConfigError`` if it is no comparison, or of a number that a report of these cases can't have."""
+    metric, _, _ = parsed(expression)
+    name, _, what = metric.partition(".")
+    if name not in names:
+        raise ConfigError(f"{expression!r}: no case {name!r} is measured")
+    case = CASES_BY_NAME[name]
+    known = [*(["ratio"] if case.floor or case.base else []), *summarize([])]
+    if what not in known:
+        raise ConfigError(f"{expression!r}: {name} has no {what!r}, but {', '.join(known)}")
 
 
 def holds(report: Report, expression: str) -> bool:

@@ -1,10 +1,16 @@
 """The benchmark as a tool: what it reports, not how fast this machine is."""
 
+import fcntl
 import importlib.resources
 import io
 import json
+import os
+import pty
+import select
+import struct
 import subprocess
 import sys
+import termios
 
 import jsonschema
 import pytest
@@ -12,7 +18,8 @@ import pytest
 import uhyve
 from uhyve import bench
 from uhyve.bench import table
-from uhyve.bench.compare import read
+from uhyve.bench.command import _progress
+from uhyve.bench.compare import moved, read
 
 
 def _result(**changes):
@@ -128,12 +135,53 @@ def test_comparison_with_another_format_raises_config_error():
         bench.compare(_report(_result()), {"schema": "other"})
 
 
+def _old(**changes):
+    return {"name": "pio", "rounds": [1.0], "floors": [1.0], "floor_name": "port_out"} | changes
+
+
 @pytest.mark.parametrize(
-    "results", [1, [1], [{"name": "pio", "rounds": [], "floors": []}], [{"name": "pio", "rounds": "a"}]]
+    "results",
+    [
+        1,
+        [1],
+        [_old(rounds=[], floors=[])],
+        [_old(rounds="a")],
+        [_old(floors=[1.0, 1.0])],
+        [_old(), _old()],
+        [_old(rounds=[float("nan")])],
+        [_old(rounds=[1e999])],
+        [_old(rounds=[10**400])],
+        [_old(floors=[0])],
+        [_old(rounds=[-1.0])],
+    ],
 )
-def test_comparison_with_a_damaged_report_raises_config_error(results):
+def test_damaged_report_is_neither_read_nor_compared(results):
+    old = {"schema": bench.SCHEMA, "results": results}
+
     with pytest.raises(uhyve.ConfigError, match="damaged"):
-        bench.compare(_report(_result(rounds=[1.0])), {"schema": bench.SCHEMA, "results": results})
+        bench.compare(_report(_result(rounds=[1.0])), old)
+    with pytest.raises(uhyve.ConfigError, match="damaged"):
+        read(json.dumps(old))
+
+
+def test_comparison_with_a_report_that_had_another_floor_is_of_the_times():
+    old = _report(_result(rounds=[100.0] * 3, floors=[50.0] * 3, floor_name="hit")).as_dict()
+
+    (change,) = bench.compare(_report(_result(rounds=[100.0] * 3, floors=[10.0] * 3, floor_name="kick")), old)
+
+    assert change.verdict == "same"
+
+
+def test_report_of_another_machine_or_back_end_is_told():
+    new, old = _report(_result()), _report(_result())
+    new.machine, old.machine = {"cpu": "one", "kernel": "6", "load": 1.0}, {"cpu": "other", "kernel": "6", "load": 2.0}
+    old.backend = "kvm"
+
+    assert moved(new, old.as_dict()) == [
+        "backend is soft, in the other report kvm",
+        "cpu is one, in the other report other",
+    ]
+    assert moved(new, new.as_dict()) == []
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "[]", "{}", '{"schema": "uhyve-bench-1"}', "[" * 100_000])
@@ -205,14 +253,78 @@ def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
     )
 
 
-def test_command_with_a_limit_that_makes_no_sense_ends_before_it_measures():
-    words = [sys.executable, "-m", "uhyve", "bench", "--fail-if", "pio.ratio"]
+def _command(*words):
+    command = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
 
-    assert done.returncode not in (0, 1)
-    assert "no comparison" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--fail-if", "pio.ratio"], "no comparison"),
+        (["--fail-if", "nothing.p50>1"], "no case 'nothing'"),
+        (["--fail-if", "timer.p50>1"], "no case 'timer'"),
+        (["--fail-if", "pio.p98>1"], "pio has no 'p98'"),
+        (["--fail-if", "write_1.ratio>1", "write_1"], "write_1 has no 'ratio'"),
+        (["--plot", "/nowhere/a.svg"], "missing, or not writable"),
+    ],
+)
+def test_command_that_makes_no_sense_ends_before_it_measures(words, expected):
+    done = _command("pio", *words)
+
+    assert done.returncode == 2
+    assert expected in done.stderr
     assert done.stdout == ""
+
+
+def test_command_that_compares_with_bytes_that_are_no_text_says_so(tmp_path):
+    (tmp_path / "old.json").write_bytes(b"\x7fELF\xff\xfe")
+
+    done = _command("pio", "--compare", tmp_path / "old.json")
+
+    assert done.returncode == 2
+    assert "is no report" in done.stderr
+    assert done.stdout == ""
+
+
+def test_command_that_compares_with_other_cases_says_that_there_are_none(tmp_path):
+    report = bench.run(["pio"], backend="soft", quick=True)
+    (tmp_path / "old.json").write_text(json.dumps(report.as_dict()))
+
+    done = _command("pio_in", "--compare", tmp_path / "old.json")
+
+    assert done.returncode == 0, done.stderr
+    assert "the other report has none of these cases" in done.stdout
+
+
+@pytest.mark.parametrize("cases", ["nothing", ["pio", "nothing"]])
+def test_bench_of_a_case_that_there_is_not_raises_config_error(cases):
+    with pytest.raises(uhyve.ConfigError, match="no case 'nothing'"):
+        bench.run(cases, backend="soft", quick=True)
+
+
+def _shown(monkeypatch, term):
+    """What the progress writes to a terminal of 20 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 10, 20, 0, 0))
+    monkeypatch.setenv("TERM", term)
+    with open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with _progress() as tell:
+            tell("2/5 a title that is longer than the line")
+        stream.flush()
+        ready, _, _ = select.select([ours], [], [], 0)
+        text = os.read(ours, 1000) if ready else b""
+    os.close(ours)
+    return text.decode()
+
+
+def test_progress_on_a_narrow_terminal_stays_in_its_line_and_is_erased(monkeypatch):
+    assert _shown(monkeypatch, "xterm") == "\r\x1b[K2/5 a title that is\r\x1b[K"
+
+
+def test_progress_on_a_dumb_terminal_is_not_told(monkeypatch):
+    assert _shown(monkeypatch, "dumb") == ""
 
 
 def test_command_that_lists_cases_names_each():
