@@ -31,6 +31,8 @@ _LONGEST: Final = 60.0
 _HITS: Final = 2000
 _ABOVE: Final = 1_000_000_000
 """What no argument of a hit is above."""
+_BEYOND_FIRMWARE: Final = 16 << 20
+"""Where RAM begins that is not by chance where the firmware area is."""
 _WHOLE: Final = """
 import time
 start = time.process_time_ns()
@@ -120,7 +122,10 @@ class Ways:
         )
         started = _Run(debugging=False)
         try:
-            machine = vm._launch(started, {"sampling_skip": skip, "firmware_exits": case.firmware})
+            changed: dict[str, object] = {"sampling_skip": skip, "firmware_exits": case.firmware}
+            if case.firmware:
+                changed["guest_address"] = _BEYOND_FIRMWARE
+            machine = vm._launch(started, changed)
             status = machine.wait(_LONGEST)
             if status is None or status["ended"] != 0:
                 raise VmStateError(f"the guest ended with {status}")

@@ -215,6 +215,17 @@ def test_bench_of_the_software_cpu_measures_stops_hits_gdb_and_lives():
     assert all(result.floors for result in report.results if result.name.startswith(("hit", "gdb", "boot")))
 
 
+def test_bench_of_the_firmware_area_measures_it_wherever_chance_would_have_ram(monkeypatch):
+    launch = uhyve.Vm._launch
+    monkeypatch.setattr(
+        uhyve.Vm, "_launch", lambda vm, run, changed=None: launch(vm, run, {"guest_address": 0} | (changed or {}))
+    )
+
+    report = bench.run(["mmio_write"], backend="soft", quick=True)
+
+    assert report.skipped == {}
+
+
 def test_quick_bench_whose_time_is_over_skips_what_is_left_and_says_so(monkeypatch):
     monkeypatch.setattr("uhyve.bench.measure._QUICK", 0.0)
 
