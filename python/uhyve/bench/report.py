@@ -109,9 +109,9 @@ class Verdict:
         return "NOT held" if self.rounds >= ENOUGH and self.interval[0] > self.limit else "unclear"
 
     def __str__(self) -> str:
-        words = {"ratio": "ratio ", "more_ns": "+", "p50_ns": "", "tail": "p99/p50 "}[self.what]
-        unit = self.what.endswith("_ns")
-        value, limit = (f"{n / 1000:.4g} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
+        words = {"ratio": "ratio ", "more_ns": "", "p50_ns": "", "tail": "p99/p50 "}[self.what]
+        unit, sign = self.what.endswith("_ns"), "+" if self.what == "more_ns" else ""
+        value, limit = (f"{n / 1000:{sign}.4g} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
         return f"{self.verdict}: {words}{value} ≤ {limit}"
 
 

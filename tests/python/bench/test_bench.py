@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import struct
 import subprocess
@@ -84,6 +85,11 @@ def test_bar_is_told_in_table_and_json_with_a_verdict_by_the_noise(changes, verd
     assert f"{verdict}: ratio" in str(report)
 
 
+def test_bar_of_what_is_more_tells_its_sign():
+    assert str(_verdict(what="more_ns", value=-110.0, limit=2000.0)) == "held: -0.11 µs ≤ +2 µs"
+    assert str(_verdict(what="more_ns", value=555.0, limit=2000.0)) == "held: +0.555 µs ≤ +2 µs"
+
+
 def test_table_without_rich_on_a_terminal_is_plain_text(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -98,19 +104,38 @@ def test_table_without_rich_on_a_terminal_is_plain_text(monkeypatch):
     assert "\x1b" not in stream.getvalue()
 
 
-def test_table_on_a_terminal_has_every_case_and_remark(monkeypatch):
+def _on_a_terminal(monkeypatch, columns, *results):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
+    table.show(_report(*results), stream, exits=True)
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+
+
+def test_table_on_a_terminal_has_every_case_and_remark(monkeypatch):
     exits = bench.Exits(1, "port_write", _result().summary, {}, [(100.0, 1)])
 
-    table.show(_report(_result(exits=[exits])), stream, exits=True)
+    text = _on_a_terminal(monkeypatch, 200, _result(exits=[exits]))
 
-    assert all(text in stream.getvalue() for text in ("port out", "port_write", "held: ratio", "skipped ipi: one CPU"))
+    assert all(word in text for word in ("port out", "port_write", "held: ratio", "skipped ipi: one CPU"))
+    assert "no room" not in text
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 120])
+def test_table_on_a_narrow_terminal_has_names_and_verdicts_and_tells_what_is_missing(monkeypatch, columns):
+    exits = bench.Exits(1, "port_write", _result().summary, {}, [(100.0, 1)])
+    result = _result(title="a title of several words", exits=[exits])
+
+    text = _on_a_terminal(monkeypatch, columns, result)
+
+    assert all(len(line) <= columns for line in text.splitlines())
+    assert all(word in text for word in ("several", "held:", "0.10", "port_write"))
+    assert "…" not in text
+    assert "no room for" in text
 
 
 @pytest.mark.parametrize(
