@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from uhyve.cli.ending import say
 from uhyve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,10 +80,10 @@ def bench(
     if old is not None:
         changes = [str(change) for change in compare(report, old)]
         for line in moved(report, old) + (changes or ["the other report has none of these cases"]):
-            click.echo(line, err=as_json)
+            (say if as_json else click.echo)(line)
     broken = [limit for limit in limits if holds(report, limit)]
     for limit in broken:
-        click.echo(f"uhyve: {limit} is true", err=True)
+        say(f"uhyve: {limit} is true")
     if broken:
         raise click.exceptions.Exit(1)
 

@@ -371,6 +371,15 @@ def test_command_that_lists_cases_names_each():
     assert [line.split()[0] for line in done.stdout.splitlines()] == [case.name for case in bench.CASES]
 
 
+def test_command_whose_limit_is_passed_ends_with_1_where_it_can_not_be_told():
+    words = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", "pio"]
+
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*words, "--fail-if", "pio.p50>0"], stdout=subprocess.PIPE, stderr=full, timeout=60)
+
+    assert done.returncode == 1
+
+
 def test_command_with_json_and_a_limit_that_is_passed_ends_with_1():
     words = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", "--json", "pio"]
 
