@@ -78,7 +78,7 @@ def moved(new: Report, old: dict[str, Any]) -> list[str]:
     before = (machine if isinstance(machine, dict) else {}) | {"backend": old.get("backend")}
     now = new.machine | {"backend": new.backend}
     return [
-        f"{name} is {now[name]}, in the other report {before.get(name)}"
+        f"{name} is {now[name]!r}, in the other report {before.get(name)!r}"
         for name in ("backend", "cpu", "cpus", "kernel", "kvm")
         if name in now and now[name] != before.get(name)
     ]

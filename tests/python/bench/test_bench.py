@@ -199,12 +199,15 @@ def test_comparison_with_a_report_that_had_another_floor_is_of_the_times():
 
 def test_report_of_another_machine_or_back_end_is_told():
     new, old = _report(_result()), _report(_result())
-    new.machine, old.machine = {"cpu": "one", "kernel": "6", "load": 1.0}, {"cpu": "other", "kernel": "6", "load": 2.0}
+    new.machine, old.machine = (
+        {"cpu": "one", "kernel": "6", "load": 1.0},
+        {"cpu": "ot\x1bher", "kernel": "6", "load": 2.0},
+    )
     old.backend = "kvm"
 
     assert moved(new, old.as_dict()) == [
-        "backend is soft, in the other report kvm",
-        "cpu is one, in the other report other",
+        "backend is 'soft', in the other report 'kvm'",
+        "cpu is 'one', in the other report 'ot\\x1bher'",
     ]
     assert moved(new, new.as_dict()) == []
 
