@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from uhyve.cli.ending import say
+from uhyve.cli.ending import EXIT_USAGE, say
 from uhyve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ __all__ = ["bench"]
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--exits", is_flag=True, help="Every reason of every vCPU, too.")
 @click.option(
-    "--fail-if", "limits", multiple=True, metavar="'CASE.METRIC>N'", help="End with 1 if so. May be repeated."
+    "--fail-if",
+    "limits",
+    multiple=True,
+    metavar="'CASE.METRIC>N'",
+    help="End with 1 if so, with 2 if it could not be measured. May be repeated.",
 )
 @click.option("--compare", "other", type=click.File(), metavar="OLD.json", help="What has changed since that report.")
 @click.option(
@@ -81,11 +85,17 @@ def bench(
         changes = [str(change) for change in compare(report, old)]
         for line in moved(report, old) + (changes or ["the other report has none of these cases"]):
             (say if as_json else click.echo)(line)
-    broken = [limit for limit in limits if holds(report, limit)]
-    for limit in broken:
-        say(f"uhyve: {limit} is true")
-    if broken:
-        raise click.exceptions.Exit(1)
+    passed = unknown = False
+    for limit in limits:
+        try:
+            if holds(report, limit):
+                passed = True
+                say(f"uhyve: {limit} is true")
+        except ConfigError as error:
+            unknown = True
+            say(f"uhyve: {limit}: {error}")
+    if passed or unknown:
+        raise click.exceptions.Exit(1 if passed else EXIT_USAGE)
 
 
 def _text(file: TextIO) -> str:

@@ -374,6 +374,18 @@ def test_command_that_lists_cases_names_each():
     assert [line.split()[0] for line in done.stdout.splitlines()] == [case.name for case in bench.CASES]
 
 
+def test_command_tells_each_limit_that_is_passed_and_each_that_was_not_measured():
+    unmeasured, passed = ("--fail-if", "mmio_read.p50>0"), ("--fail-if", "pio.p50>0")
+
+    one = _command("pio", "mmio_read", *unmeasured)
+    both = _command("pio", "mmio_read", *unmeasured, *passed)
+
+    assert (one.returncode, both.returncode) == (2, 1)
+    assert "answers this itself" in one.stderr
+    assert "answers this itself" in both.stderr
+    assert "pio.p50>0 is true" in both.stderr
+
+
 def test_command_whose_limit_is_passed_ends_with_1_where_it_can_not_be_told():
     words = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", "pio"]
 
