@@ -149,6 +149,7 @@ class _Book:
     def __init__(self, case: Case) -> None:
         self.case = case
         self._rounds: list[float] = []
+        self._tails: list[float] = []
         self._floors: list[float] = []
         self._parts: dict[str, Pool] = {}
         self._exits: dict[tuple[int, str], dict[str, Pool]] = {}
@@ -163,7 +164,9 @@ class _Book:
         if beside is not None:
             self._floors.append(quantile(beside, 0.5))
             _pour(self._parts.setdefault("floor", {}), beside)
-        self._rounds.append(quantile(found.parts["total"], 0.5))
+        median = quantile(found.parts["total"], 0.5)
+        self._rounds.append(median)
+        self._tails.append(quantile(found.parts["total"], 0.99) / max(median, 1.0))
         for part, buckets in found.parts.items():
             _pour(self._parts.setdefault(part, {}), buckets)
         for vcpu, reasons in enumerate(found.exits):
@@ -187,7 +190,7 @@ class _Book:
             ratios = [ours / max(floor, 1e-3) for ours, floor in zip(rounds, floors, strict=True)]
             result.ratio, result.interval = statistics.median(ratios), bootstrap(ratios)
         if backend == "kvm":
-            result.bars = [_judged(bar, result) for bar in case.bars]
+            result.bars = [_judged(bar, result, self._tails) for bar in case.bars]
         return result
 
 
@@ -200,15 +203,15 @@ def _summary(pool: Pool) -> dict[str, float]:
     return summarize(sorted(pool.items()))
 
 
-def _judged(bar: Bar, result: Result) -> Verdict:
+def _judged(bar: Bar, result: Result, tails: list[float]) -> Verdict:
     """A bar beside what was measured."""
     if bar.what == "ratio" and result.ratio is not None and result.interval is not None:
         return Verdict(bar.what, result.ratio, bar.limit, result.interval, len(result.rounds))
     if bar.what == "tail":
-        value = result.summary["p99"] / max(result.summary["p50"], 1.0)
-        return Verdict(bar.what, value, bar.limit, (value, value), len(result.rounds))
-    floors = result.floors if bar.what == "more_ns" else [0.0] * len(result.rounds)
-    values = [ours - floor for ours, floor in zip(result.rounds, floors, strict=True)]
+        values = tails
+    else:
+        floors = result.floors if bar.what == "more_ns" else [0.0] * len(result.rounds)
+        values = [ours - floor for ours, floor in zip(result.rounds, floors, strict=True)]
     return Verdict(bar.what, statistics.median(values), bar.limit, bootstrap(values), len(values))
 
 

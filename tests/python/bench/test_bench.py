@@ -18,9 +18,11 @@ import pytest
 
 import uhyve
 from uhyve import bench
-from uhyve.bench import table
+from uhyve.bench import measure, table
+from uhyve.bench.cases import CASES_BY_NAME
 from uhyve.bench.command import _progress
 from uhyve.bench.compare import moved, read
+from uhyve.bench.ways import Round
 
 
 def _result(**changes):
@@ -83,6 +85,17 @@ def test_bar_is_told_in_table_and_json_with_a_verdict_by_the_noise(changes, verd
     assert report.as_dict()["results"][0]["bars"][0]["verdict"] == verdict
     assert report.as_dict()["results"][0]["held"] is (verdict == "held")
     assert f"{verdict}: ratio" in str(report)
+
+
+def test_bar_of_a_tail_that_was_long_in_one_round_alone_knows_noise():
+    book = measure._Book(CASES_BY_NAME["hit_callable"])
+
+    for slow in (100.0, 100.0, 100.0, 100.0, 900.0):
+        book.take(Round({"total": [(100.0, 90), (slow, 10)]}), [(100.0, 1)])
+    (_, tail) = book.result("kvm").bars
+
+    assert (tail.what, tail.value, tail.verdict) == ("tail", 1.0, "held")
+    assert tail.interval[1] > 1.0
 
 
 def test_bar_of_what_is_more_tells_its_sign():
