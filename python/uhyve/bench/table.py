@@ -56,7 +56,7 @@ def show(report: Report, stream: TextIO, exits: bool = False) -> None:
         else:
             console = Console(file=stream)
             for full in [_rows(report), *([_exit_rows(report)] if exits else [])]:
-                heads, *rows = _fitting(full, console.width)
+                (heads, *rows), missing = _fitting(full, console.width)
                 table = Table(box=None, header_style="bold", pad_edge=False)
                 for place, head in enumerate(heads):
                     is_number = 0 < place < len(heads) - 1
@@ -65,7 +65,7 @@ def show(report: Report, stream: TextIO, exits: bool = False) -> None:
                     style = "red" if "NOT held" in row[-1] else None
                     table.add_row(*(escape(cell) for cell in row), style=style)
                 console.print(table)
-                if missing := [head for head in full[0] if head not in heads]:
+                if missing:
                     console.print(
                         f"no room for {', '.join(missing)}: a wider terminal has it, or a pipe", highlight=False
                     )
@@ -117,10 +117,11 @@ def _microseconds(ns: float) -> str:
     return f"{ns / 1000:.2f}" if ns < 100_000 else f"{ns / 1000:.0f}"
 
 
-def _fitting(rows: Rows, width: int) -> Rows:
-    """The columns that a terminal has room for: numbers whole, words broken into lines if need be."""
+def _fitting(rows: Rows, width: int) -> tuple[Rows, list[str]]:
+    """The columns that a terminal has room for, numbers whole, words broken if need be; and those missing."""
     heads = rows[0]
     kept = list(range(len(heads)))
+    blank = [head for head, *cells in zip(*rows, strict=True) if not any(cells)]
 
     def needed(place: int) -> int:
         widest = max(len(row[place]) for row in rows)
@@ -128,11 +129,12 @@ def _fitting(rows: Rows, width: int) -> Rows:
             return widest
         return min(widest, max(_NARROW, *(len(word) for row in rows for word in row[place].split())))
 
-    for head in _DISPENSABLE:
+    for head in (*blank, *_DISPENSABLE):
         if sum(needed(place) for place in kept) + 2 * (len(kept) - 1) <= width:
             break
         kept = [place for place in kept if heads[place] != head]
-    return [[row[place] for place in kept] for row in rows]
+    missing = [head for place, head in enumerate(heads) if place not in kept and head not in blank]
+    return [[row[place] for place in kept] for row in rows], missing
 
 
 def _aligned(rows: Rows) -> list[str]:
