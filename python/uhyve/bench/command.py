@@ -32,7 +32,13 @@ __all__ = ["bench"]
     metavar="'CASE.METRIC>N'",
     help="End with 1 if so, with 2 if it could not be measured. May be repeated.",
 )
-@click.option("--compare", "other", type=click.File(), metavar="OLD.json", help="What has changed since that report.")
+@click.option(
+    "--compare",
+    "other",
+    type=click.File(encoding="utf-8"),
+    metavar="OLD.json",
+    help="What has changed since that report.",
+)
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),

@@ -44,7 +44,7 @@ def save(report: Report, path: Path) -> None:
     check(path)
     figure = _drawn(report)
     if path.suffix == ".html":
-        path.write_text(_page(report, figure))
+        path.write_text(_page(report, figure), encoding="utf-8")
     else:
         figure.savefig(path, format=path.suffix[1:])
 

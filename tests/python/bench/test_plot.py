@@ -1,5 +1,7 @@
 """Pictures of reports."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -52,6 +54,17 @@ def test_bars_that_are_longer_than_others_are_cut_and_that_is_told():
     figure = plot._drawn(_report(*many, _result(name="long", parts={"run": long})))
 
     assert "cut" in figure.axes[-1].get_title()
+
+
+def test_page_where_the_locale_has_no_greek_letters_is_utf_8(tmp_path):
+    page = tmp_path / "a.html"
+    words = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", "pio", "--plot", str(page)]
+
+    subprocess.run(
+        words, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}, check=True, capture_output=True, timeout=60
+    )
+
+    assert "µs" in page.read_text(encoding="utf-8")
 
 
 def test_page_holds_the_picture_and_the_table(tmp_path):
