@@ -301,6 +301,15 @@ def test_bench_of_the_software_cpu_skips_the_floor_under_stops_and_says_why():
     assert "no KVM_RUN" in report.skipped["crowd_1"]
 
 
+def test_bench_whose_interpreters_fail_skips_their_cases_with_one_line(monkeypatch):
+    monkeypatch.setattr("uhyve.bench.ways._WHOLE", "import nothing_of_this_name")
+
+    report = bench.run(["process"], backend="soft", quick=True)
+
+    reason = "an interpreter of its own ends with 1: ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    assert report.skipped == {"process": reason}
+
+
 def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
     report = bench.run(["wake"], backend="soft", quick=True)
 
