@@ -381,8 +381,10 @@ def _shown(monkeypatch, term):
         with _progress() as tell:
             tell("2/5 a title that is longer than the line")
         stream.flush()
-        ready, _, _ = select.select([ours], [], [], 0)
-        text = os.read(ours, 1000) if ready else b""
+        text = b""
+        # What was written comes through in parts, a little later.
+        while select.select([ours], [], [], 0.5)[0]:
+            text += os.read(ours, 1000)
     os.close(ours)
     return text.decode()
 
