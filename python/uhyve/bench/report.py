@@ -111,7 +111,7 @@ class Verdict:
     def __str__(self) -> str:
         words = {"ratio": "ratio ", "more_ns": "", "p50_ns": "", "tail": "p99/p50 "}[self.what]
         unit, sign = self.what.endswith("_ns"), "+" if self.what == "more_ns" else ""
-        value, limit = (f"{n / 1000:{sign}.4g} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
+        value, limit = (f"{_plain(n / 1000, sign)} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
         return f"{self.verdict}: {words}{value} ≤ {limit}"
 
 
@@ -216,6 +216,11 @@ class Report:
         from uhyve.bench.table import plain
 
         return plain(self)
+
+
+def _plain(value: float, sign: str) -> str:
+    """Four digits that count, without an exponent."""
+    return f"{float(f'{value:.4g}'):{sign}.15g}"
 
 
 def _moved(floors: list[float]) -> float:

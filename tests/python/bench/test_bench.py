@@ -98,8 +98,9 @@ def test_bar_of_a_tail_that_was_long_in_one_round_alone_knows_noise():
     assert tail.interval[1] > 1.0
 
 
-def test_bar_of_what_is_more_tells_its_sign():
+def test_bar_of_a_time_has_a_sign_if_it_is_more_and_no_exponent():
     assert str(_verdict(what="more_ns", value=-110.0, limit=2000.0)) == "held: -0.11 µs ≤ +2 µs"
+    assert str(_verdict(what="p50_ns", value=7817e3, limit=30e6)) == "held: 7817 µs ≤ 30000 µs"
     assert str(_verdict(what="more_ns", value=555.0, limit=2000.0)) == "held: +0.555 µs ≤ +2 µs"
 
 
