@@ -123,15 +123,18 @@ class VmStats(Record):
                 lines += [
                     f"  {name:<22}" + "".join(f"{column.get(name, 0):>12,}" for column in columns) for name in total
                 ]
-        if any(self.latencies):
-            lines.append(
-                f"{'µs outside of the guest':<24}" + "".join(f"{h:>12}" for h in ("p50", "p99", "max", "timed"))
-            )
-        for number, reasons in enumerate(self.latencies):
-            for reason, parts in reasons.items():
-                found = parts["vmm"]
+        timed = [
+            (f"  vCPU {number} {reason}", parts["vmm"])
+            for number, reasons in enumerate(self.latencies)
+            for reason, parts in reasons.items()
+        ]
+        if timed:
+            width = max(24, *(len(title) for title, _ in timed))
+            names = "".join(f"{name:>12}" for name in ("p50", "p99", "max", "timed"))
+            lines.append(f"{'µs outside of the guest':<{width}}{names}")
+            for title, found in timed:
                 times = "".join(f"{found[name] / 1000:>12.2f}" for name in ("p50", "p99", "max"))
-                lines.append(f"  {f'vCPU {number} {reason}':<22}{times}{found['count']:>12,.0f}")
+                lines.append(f"{title:<{width}}{times}{found['count']:>12,.0f}")
         return "\n".join(lines)
 
 

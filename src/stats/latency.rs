@@ -252,7 +252,7 @@ impl Sampler {
                 self.random ^= self.random << 13;
                 self.random ^= self.random >> 17;
                 self.random ^= self.random << 5;
-                every / 2 + self.random % every + 1
+                every.div_ceil(2) + self.random % (every | 1)
             }
         }
     }
@@ -377,6 +377,16 @@ mod tests {
         latencies.restart(Sampling { every: 0, skip: 0 });
         exits(&latencies, 1000);
         assert_eq!(recorded(&latencies), 0);
+    }
+
+    #[test]
+    fn test_sample_has_its_share_of_the_exits_however_small_the_rate() {
+        for every in [2, 3, 4, 5] {
+            let latencies = Latencies::new(1, Sampling { every, skip: 0 });
+            exits(&latencies, 60_000);
+            let share = recorded(&latencies) as f64 * f64::from(every) / 60_000.0;
+            assert!((0.97..1.03).contains(&share), "1 in {every}: {share}");
+        }
     }
 
     #[test]

@@ -13,7 +13,10 @@ class Bar:
     """What a case should not exceed. Bars are for KVM: the software CPU leaves in less time than a dispatch takes."""
 
     what: Literal["ratio", "more_ns", "p50_ns", "tail"]
-    """``ratio`` to what stands beside it, ``more_ns`` than that at the median, ``p50_ns``, or ``tail``: p99 by p50."""
+    """``ratio`` to what stands beside it, ``more_ns`` than that at the median, ``p50_ns``, or ``tail``: p99 by p50.
+
+    Each is the median of the rounds.
+    """
     limit: float
 
 

@@ -16,7 +16,7 @@ from uhyve.bench.cases import CASES, CASES_BY_NAME, Case
 from uhyve.bench.facts import facts
 from uhyve.bench.report import ENOUGH, Exits, Report, Result, Verdict, coarse, quantile, summarize
 from uhyve.bench.ways import Round, Ways, floor
-from uhyve.errors import UhyveError
+from uhyve.errors import ConfigError, UhyveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -49,12 +49,14 @@ def run(
 ) -> Report:
     """Measures these cases, all if none are named, on a back end. ``progress`` is told what comes next.
 
-    Raises ``HypervisorUnavailableError`` where that back end can't run.
+    Raises ``ConfigError`` for a name that no case has, ``HypervisorUnavailableError`` where that back end can't run.
     """
     start = time.monotonic()
     backend = os.environ.get("UHYVE_BACKEND") or backend if backend == "auto" else backend
     name = _core.choose_backend(backend)[0]
-    wanted = set(cases)
+    wanted = {cases} if isinstance(cases, str) else set(cases)
+    if unknown := wanted - CASES_BY_NAME.keys():
+        raise ConfigError(f"there is no case {min(unknown)!r}; there are {', '.join(CASES_BY_NAME)}")
     report = Report(__version__, name, quick, 0.0, facts(), _core.bench_clock())
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         data = Path(folder, "data")
@@ -147,6 +149,7 @@ class _Book:
     def __init__(self, case: Case) -> None:
         self.case = case
         self._rounds: list[float] = []
+        self._tails: list[float] = []
         self._floors: list[float] = []
         self._parts: dict[str, Pool] = {}
         self._exits: dict[tuple[int, str], dict[str, Pool]] = {}
@@ -161,7 +164,9 @@ class _Book:
         if beside is not None:
             self._floors.append(quantile(beside, 0.5))
             _pour(self._parts.setdefault("floor", {}), beside)
-        self._rounds.append(quantile(found.parts["total"], 0.5))
+        median = quantile(found.parts["total"], 0.5)
+        self._rounds.append(median)
+        self._tails.append(quantile(found.parts["total"], 0.99) / max(median, 1.0))
         for part, buckets in found.parts.items():
             _pour(self._parts.setdefault(part, {}), buckets)
         for vcpu, reasons in enumerate(found.exits):
@@ -185,7 +190,7 @@ class _Book:
             ratios = [ours / max(floor, 1e-3) for ours, floor in zip(rounds, floors, strict=True)]
             result.ratio, result.interval = statistics.median(ratios), bootstrap(ratios)
         if backend == "kvm":
-            result.bars = [_judged(bar, result) for bar in case.bars]
+            result.bars = [_judged(bar, result, self._tails) for bar in case.bars]
         return result
 
 
@@ -198,15 +203,15 @@ def _summary(pool: Pool) -> dict[str, float]:
     return summarize(sorted(pool.items()))
 
 
-def _judged(bar: Bar, result: Result) -> Verdict:
+def _judged(bar: Bar, result: Result, tails: list[float]) -> Verdict:
     """A bar beside what was measured."""
     if bar.what == "ratio" and result.ratio is not None and result.interval is not None:
         return Verdict(bar.what, result.ratio, bar.limit, result.interval, len(result.rounds))
     if bar.what == "tail":
-        value = result.summary["p99"] / max(result.summary["p50"], 1.0)
-        return Verdict(bar.what, value, bar.limit, (value, value), len(result.rounds))
-    floors = result.floors if bar.what == "more_ns" else [0.0] * len(result.rounds)
-    values = [ours - floor for ours, floor in zip(result.rounds, floors, strict=True)]
+        values = tails
+    else:
+        floors = result.floors if bar.what == "more_ns" else [0.0] * len(result.rounds)
+        values = [ours - floor for ours, floor in zip(result.rounds, floors, strict=True)]
     return Verdict(bar.what, statistics.median(values), bar.limit, bootstrap(values), len(values))
 
 

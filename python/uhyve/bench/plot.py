@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib
 import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,8 @@ def check(path: Path) -> None:
     """Raises ``ConfigError`` if no picture can be made there: before anything is measured for it."""
     if path.suffix not in _FORMATS:
         raise ConfigError(f"a plot is an {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file, not {path.name!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"the plot {str(path)!r} can't be written: its directory is missing, or not writable")
     _figure()
 
 
@@ -41,7 +44,7 @@ def save(report: Report, path: Path) -> None:
     check(path)
     figure = _drawn(report)
     if path.suffix == ".html":
-        path.write_text(_page(report, figure))
+        path.write_text(_page(report, figure), encoding="utf-8")
     else:
         figure.savefig(path, format=path.suffix[1:])
 
@@ -76,12 +79,14 @@ def _drawn(report: Report) -> Any:
     rows = (len(panels) + 1) // 2
     heights = [3.2] * rows + ([0.8 + 0.26 * len(split)] if split else [])
     figure = _figure()(figsize=(13, sum(heights) + 1), layout="constrained")
-    figure.suptitle(_title(report))
+    figure.suptitle(_title(report), parse_math=False)
     grid = figure.add_gridspec(max(len(heights), 1), 2, height_ratios=heights or [1])
     for place, (name, results) in enumerate(panels.items()):
         _distributions(figure.add_subplot(grid[place // 2, place % 2]), name, results)
     if split:
-        _bars(figure.add_subplot(grid[rows, :]), split)
+        axes = figure.add_subplot(grid[rows, :])
+        _bars(axes, split)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     return figure
 
 
@@ -89,7 +94,7 @@ def _panel(name: str) -> str:
     case = next((case for case in CASES if case.name == name), Case(name, name))
     if case.how == "exits":
         return "exits" if case.floor else "file calls"
-    panels = {"told": 2, "stop": 2, "hit": 3, "step": 3, "gdb": 3}
+    panels = {"told": 2, "stop": 2, "crowd": 2, "hit": 3, "step": 3, "gdb": 3}
     return _PANELS[panels.get(case.how, 4)]
 
 
@@ -104,6 +109,10 @@ def _distributions(axes: Any, name: str, results: list[Result]) -> None:
             parts.append(seen / count)
         axes.step(times, parts, where="post", label=result.name, linestyle=("-", "--", ":")[number // 10 % 3])
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.tick_params(axis="x", labelsize="small")
     axes.set_title(name)
     axes.set_xlabel("µs")
     axes.set_ylabel("part of the samples")
@@ -124,10 +133,10 @@ def _bars(axes: Any, results: list[Result]) -> None:
     if floors:
         axes.plot([x for _, x in floors], [n for n, _ in floors], "k|", markersize=11, label="what it is compared with")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.05 * _typical(left))
-    axes.set_title("where the time goes (medians)")
+    shown = 1.05 * _typical(left)
+    axes.set_xlim(0, shown)
+    axes.set_title("where the time goes (medians)" + (", bars that are longer are cut" if max(left) > shown else ""))
     axes.set_xlabel("µs")
-    axes.legend(fontsize="small", loc="lower right")
 
 
 def _typical(widths: list[float]) -> float:

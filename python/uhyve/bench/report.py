@@ -7,9 +7,13 @@ import operator
 import re
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from uhyve.bench.cases import CASES_BY_NAME
 from uhyve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 __all__ = [
     "ENOUGH",
@@ -19,6 +23,7 @@ __all__ = [
     "Result",
     "Summary",
     "Verdict",
+    "checked",
     "coarse",
     "holds",
     "parsed",
@@ -104,9 +109,9 @@ class Verdict:
         return "NOT held" if self.rounds >= ENOUGH and self.interval[0] > self.limit else "unclear"
 
     def __str__(self) -> str:
-        words = {"ratio": "ratio ", "more_ns": "+", "p50_ns": "", "tail": "p99/p50 "}[self.what]
-        unit = self.what.endswith("_ns")
-        value, limit = (f"{n / 1000:.4g} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
+        words = {"ratio": "ratio ", "more_ns": "", "p50_ns": "", "tail": "p99/p50 "}[self.what]
+        unit, sign = self.what.endswith("_ns"), "+" if self.what == "more_ns" else ""
+        value, limit = (f"{_plain(n / 1000, sign)} µs" if unit else f"{n:.3g}" for n in (self.value, self.limit))
         return f"{self.verdict}: {words}{value} ≤ {limit}"
 
 
@@ -173,7 +178,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     """Cases that this machine can't do, and why."""
     floor: list[float] = field(default_factory=list)
-    """The bare loop's median before each case and behind the last, in nanoseconds."""
+    """The bare loop's median at the beginning, before every eighth case, and at the end, in nanoseconds."""
 
     def metric(self, name: str) -> float:
         """A number by its name, such as ``pio.ratio`` or ``timer.p99``. Raises ``ConfigError`` if there is none."""
@@ -213,6 +218,11 @@ class Report:
         return plain(self)
 
 
+def _plain(value: float, sign: str) -> str:
+    """Four digits that count, without an exponent."""
+    return f"{float(f'{value:.4g}'):{sign}.15g}"
+
+
 def _moved(floors: list[float]) -> float:
     half = len(floors) // 2
     if not half:
@@ -236,6 +246,18 @@ def parsed(expression: str) -> tuple[str, str, float]:
         raise ConfigError(f"{expression!r} is no comparison such as 'pio.ratio>1.1'")
     name, relation, number = found.groups()
     return name, relation, float(number)
+
+
+def checked(expression: str, names: Collection[str]) -> None:
+    """Raises ``ConfigError`` if it is no comparison, or of a number that a report of these cases can't have."""
+    metric, _, _ = parsed(expression)
+    name, _, what = metric.partition(".")
+    if name not in names:
+        raise ConfigError(f"{expression!r}: no case {name!r} is measured")
+    case = CASES_BY_NAME[name]
+    known = [*(["ratio"] if case.floor or case.base else []), *summarize([])]
+    if what not in known:
+        raise ConfigError(f"{expression!r}: {name} has no {what!r}, but {', '.join(known)}")
 
 
 def holds(report: Report, expression: str) -> bool:

@@ -11,6 +11,27 @@ __all__ = ["plain", "show"]
 
 _PERCENTILES: Final = ("min", "p50", "p90", "p99", "p999", "max", "mean")
 _PARTS: Final = ("run", "dispatch", "handler", "script")
+_DISPENSABLE: Final = (
+    *(
+        "p99.9",
+        "p999",
+        "min",
+        "mean",
+        "p90",
+        "max",
+        "script",
+        "handler",
+        "to",
+        "dispatch",
+        "run",
+        "ratio (95 %)",
+        "p99",
+    ),
+    *("vCPU", "count"),
+)
+"""Columns that a narrow terminal does without, in this order."""
+_NARROW: Final = 16
+"""Characters that a column of words has at least, if its words need them."""
 
 Rows = list[list[str]]
 
@@ -34,7 +55,8 @@ def show(report: Report, stream: TextIO, exits: bool = False) -> None:
             pass
         else:
             console = Console(file=stream)
-            for heads, *rows in [_rows(report), *([_exit_rows(report)] if exits else [])]:
+            for full in [_rows(report), *([_exit_rows(report)] if exits else [])]:
+                (heads, *rows), missing = _fitting(full, console.width)
                 table = Table(box=None, header_style="bold", pad_edge=False)
                 for place, head in enumerate(heads):
                     is_number = 0 < place < len(heads) - 1
@@ -43,6 +65,10 @@ def show(report: Report, stream: TextIO, exits: bool = False) -> None:
                     style = "red" if "NOT held" in row[-1] else None
                     table.add_row(*(escape(cell) for cell in row), style=style)
                 console.print(table)
+                if missing:
+                    console.print(
+                        f"no room for {', '.join(missing)}: a wider terminal has it, or a pipe", highlight=False
+                    )
             for line in _remarks(report):
                 console.print(escape(line), style="yellow" if line.startswith("doubtful") else None, highlight=False)
             return
@@ -89,6 +115,26 @@ def _median(parts: dict[str, Summary], part: str) -> str:
 
 def _microseconds(ns: float) -> str:
     return f"{ns / 1000:.2f}" if ns < 100_000 else f"{ns / 1000:.0f}"
+
+
+def _fitting(rows: Rows, width: int) -> tuple[Rows, list[str]]:
+    """The columns that a terminal has room for, numbers whole, words broken if need be; and those missing."""
+    heads = rows[0]
+    kept = list(range(len(heads)))
+    blank = [head for head, *cells in zip(*rows, strict=True) if not any(cells)]
+
+    def needed(place: int) -> int:
+        widest = max(len(row[place]) for row in rows)
+        if 0 < place < len(heads) - 1:
+            return widest
+        return min(widest, max(_NARROW, *(len(word) for row in rows for word in row[place].split())))
+
+    for head in (*blank, *_DISPENSABLE):
+        if sum(needed(place) for place in kept) + 2 * (len(kept) - 1) <= width:
+            break
+        kept = [place for place in kept if heads[place] != head]
+    missing = [head for place, head in enumerate(heads) if place not in kept and head not in blank]
+    return [[row[place] for place in kept] for row in rows], missing
 
 
 def _aligned(rows: Rows) -> list[str]:

@@ -31,6 +31,8 @@ _LONGEST: Final = 60.0
 _HITS: Final = 2000
 _ABOVE: Final = 1_000_000_000
 """What no argument of a hit is above."""
+_BEYOND_FIRMWARE: Final = 16 << 20
+"""Where RAM begins that is not by chance where the firmware area is."""
 _WHOLE: Final = """
 import time
 start = time.process_time_ns()
@@ -120,7 +122,10 @@ class Ways:
         )
         started = _Run(debugging=False)
         try:
-            machine = vm._launch(started, {"sampling_skip": skip, "firmware_exits": case.firmware})
+            changed: dict[str, object] = {"sampling_skip": skip, "firmware_exits": case.firmware}
+            if case.firmware:
+                changed["guest_address"] = _BEYOND_FIRMWARE
+            machine = vm._launch(started, changed)
             status = machine.wait(_LONGEST)
             if status is None or status["ended"] != 0:
                 raise VmStateError(f"the guest ended with {status}")
@@ -239,18 +244,21 @@ class Ways:
         compiled = self.data.parent / "compiled"
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(compiled)}
         if not compiled.exists():
-            subprocess.run([sys.executable, "-c", "import uhyve"], check=True, timeout=_LONGEST, env=environment)
+            _fresh("import uhyve", environment)
         start = time.perf_counter_ns()
-        done = subprocess.run(
-            [sys.executable, "-c", _WHOLE.format(backend=self.backend)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_LONGEST,
-            env=environment,
-        )
+        printed = _fresh(_WHOLE.format(backend=self.backend), environment)
         whole = time.perf_counter_ns() - start
-        return {"whole": _rising([whole]), "import": _rising([int(done.stdout)])}
+        return {"whole": _rising([whole]), "import": _rising([int(printed)])}
+
+
+def _fresh(program: str, environment: dict[str, str]) -> str:
+    """What a program prints that has an interpreter of its own."""
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=_LONGEST, env=environment)
+    if done.returncode != 0:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise VmStateError(f"an interpreter of its own ends with {done.returncode}: {why}")
+    return done.stdout
 
 
 def _of_hits(dbg: Debugger, count: int, took: int) -> Round:

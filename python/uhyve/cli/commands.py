@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,9 +29,11 @@ from uhyve.cli.ending import (
 )
 from uhyve.cli.session import Session
 from uhyve.cli.settings import ISOLATION, Settings, settings_of, split_arguments
+from uhyve.result import stats_of
+from uhyve.vm import _Run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from uhyve.doctor import Diagnosis
 
@@ -83,7 +86,7 @@ def _vm_options(command: Callable[..., None]) -> Callable[..., None]:
             help="A file or directory that the guest sees. May be repeated.",
         ),
         click.option("-o", "--output", metavar="FILE", help="Console into a new file; none: nowhere."),
-        click.option("--stats/--no-stats", default=None, help="Print counters at the end."),
+        click.option("--stats/--no-stats", default=None, help="Print counters at the end, whatever that is."),
         click.option("--no-aslr/--aslr", default=None, help="Load the image at a fixed address."),
         click.option("--thp/--no-thp", default=None, help="Transparent huge pages for RAM."),
         click.option("--ksm/--no-ksm", default=None, help="Let the host merge equal pages of RAM."),
@@ -136,15 +139,26 @@ def run(image: str, words: tuple[str, ...], timeout: float | None, **flags: Any)
 def _run(settings: Settings, image: str | uhyve.Image, words: Sequence[str], timeout: float | None) -> int:
     vm = uhyve.Vm(image, **settings.keywords(*split_arguments(words)))
     if (port := settings.gdb_port) is not None:
-        with vm.debug() as dbg:
-            code = _serve(dbg, f"127.0.0.1:{port}", timeout)
-            if settings.stats:
-                say(str(dbg.stats))
-            return code
-    result = vm.run(timeout)
-    if settings.stats:
-        say(str(result.stats))
-    return result.code
+        with vm.debug() as dbg, _counted(settings, lambda: dbg.stats):
+            return _serve(dbg, f"127.0.0.1:{port}", timeout)
+    # As Vm.run() does it, which keeps the machine to itself.
+    started = _Run(debugging=False)
+    try:
+        machine = vm._launch(started)
+        with _counted(settings, lambda: stats_of(machine)):
+            return vm._wait(started, timeout).code
+    finally:
+        vm._release(started)
+
+
+@contextmanager
+def _counted(settings: Settings, stats: Callable[[], uhyve.VmStats]) -> Iterator[None]:
+    """Prints the counters in the end, if they are asked for: after a crash, and when the time is over, too."""
+    try:
+        yield
+    finally:
+        if settings.stats:
+            say(str(stats()))
 
 
 def _serve(dbg: uhyve.Debugger, address: str, timeout: float | None) -> int:
@@ -211,7 +225,7 @@ def debug(
         keywords["output"] = "stderr"
     vm = uhyve.Vm(image, **keywords)
     prompt = not batch and gdb != "-" and sys.stdin.isatty() and sys.stdout.isatty()
-    with vm.debug() as dbg:
+    with vm.debug() as dbg, _counted(settings, lambda: dbg.stats):
         session = Session(vm, dbg, commands, timeout)
         session.set_breakpoints(places)
         if script is not None:
@@ -225,8 +239,6 @@ def debug(
         else:
             session.run_to_end()
         code = session.exit_code()
-        if settings.stats:
-            say(str(dbg.stats))
     _finish(code)
 
 

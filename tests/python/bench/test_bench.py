@@ -1,18 +1,28 @@
 """The benchmark as a tool: what it reports, not how fast this machine is."""
 
+import fcntl
 import importlib.resources
 import io
 import json
+import os
+import pty
+import re
+import select
+import struct
 import subprocess
 import sys
+import termios
 
 import jsonschema
 import pytest
 
 import uhyve
 from uhyve import bench
-from uhyve.bench import table
-from uhyve.bench.compare import read
+from uhyve.bench import measure, table
+from uhyve.bench.cases import CASES_BY_NAME
+from uhyve.bench.command import _progress
+from uhyve.bench.compare import moved, read
+from uhyve.bench.ways import Round
 
 
 def _result(**changes):
@@ -77,6 +87,23 @@ def test_bar_is_told_in_table_and_json_with_a_verdict_by_the_noise(changes, verd
     assert f"{verdict}: ratio" in str(report)
 
 
+def test_bar_of_a_tail_that_was_long_in_one_round_alone_knows_noise():
+    book = measure._Book(CASES_BY_NAME["hit_callable"])
+
+    for slow in (100.0, 100.0, 100.0, 100.0, 900.0):
+        book.take(Round({"total": [(100.0, 90), (slow, 10)]}), [(100.0, 1)])
+    (_, tail) = book.result("kvm").bars
+
+    assert (tail.what, tail.value, tail.verdict) == ("tail", 1.0, "held")
+    assert tail.interval[1] > 1.0
+
+
+def test_bar_of_a_time_has_a_sign_if_it_is_more_and_no_exponent():
+    assert str(_verdict(what="more_ns", value=-110.0, limit=2000.0)) == "held: -0.11 µs ≤ +2 µs"
+    assert str(_verdict(what="p50_ns", value=7817e3, limit=30e6)) == "held: 7817 µs ≤ 30000 µs"
+    assert str(_verdict(what="more_ns", value=555.0, limit=2000.0)) == "held: +0.555 µs ≤ +2 µs"
+
+
 def test_table_without_rich_on_a_terminal_is_plain_text(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -91,19 +118,45 @@ def test_table_without_rich_on_a_terminal_is_plain_text(monkeypatch):
     assert "\x1b" not in stream.getvalue()
 
 
-def test_table_on_a_terminal_has_every_case_and_remark(monkeypatch):
+def _on_a_terminal(monkeypatch, columns, *results):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
+    table.show(_report(*results), stream, exits=True)
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+
+
+def test_table_on_a_terminal_has_every_case_and_remark(monkeypatch):
     exits = bench.Exits(1, "port_write", _result().summary, {}, [(100.0, 1)])
 
-    table.show(_report(_result(exits=[exits])), stream, exits=True)
+    text = _on_a_terminal(monkeypatch, 200, _result(exits=[exits]))
 
-    assert all(text in stream.getvalue() for text in ("port out", "port_write", "held: ratio", "skipped ipi: one CPU"))
+    assert all(word in text for word in ("port out", "port_write", "held: ratio", "skipped ipi: one CPU"))
+    assert "no room" not in text
+
+
+def test_columns_of_a_narrow_table_that_are_blank_go_first_and_are_not_missed():
+    rows, missing = table._fitting([["case", "p90", "script", "bar"], ["a", "1.00", "", "held"]], 16)
+
+    assert rows == [["case", "p90", "bar"], ["a", "1.00", "held"]]
+    assert missing == []
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 120])
+def test_table_on_a_narrow_terminal_has_names_and_verdicts_and_tells_what_is_missing(monkeypatch, columns):
+    exits = bench.Exits(1, "port_write", _result().summary, {}, [(100.0, 1)])
+    result = _result(title="a title of several words", exits=[exits])
+
+    text = _on_a_terminal(monkeypatch, columns, result)
+
+    assert all(len(line) <= columns for line in text.splitlines())
+    assert all(word in text for word in ("several", "held:", "0.10", "port_write"))
+    assert "…" not in text
+    assert ("no room for" in text) == (columns < 100)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +181,56 @@ def test_comparison_with_another_format_raises_config_error():
         bench.compare(_report(_result()), {"schema": "other"})
 
 
+def _old(**changes):
+    return {"name": "pio", "rounds": [1.0], "floors": [1.0], "floor_name": "port_out"} | changes
+
+
 @pytest.mark.parametrize(
-    "results", [1, [1], [{"name": "pio", "rounds": [], "floors": []}], [{"name": "pio", "rounds": "a"}]]
+    "results",
+    [
+        1,
+        [1],
+        [_old(rounds=[], floors=[])],
+        [_old(rounds="a")],
+        [_old(floors=[1.0, 1.0])],
+        [_old(), _old()],
+        [_old(rounds=[float("nan")])],
+        [_old(rounds=[1e999])],
+        [_old(rounds=[10**400])],
+        [_old(floors=[0])],
+        [_old(rounds=[-1.0])],
+    ],
 )
-def test_comparison_with_a_damaged_report_raises_config_error(results):
+def test_damaged_report_is_neither_read_nor_compared(results):
+    old = {"schema": bench.SCHEMA, "results": results}
+
     with pytest.raises(uhyve.ConfigError, match="damaged"):
-        bench.compare(_report(_result(rounds=[1.0])), {"schema": bench.SCHEMA, "results": results})
+        bench.compare(_report(_result(rounds=[1.0])), old)
+    with pytest.raises(uhyve.ConfigError, match="damaged"):
+        read(json.dumps(old))
+
+
+def test_comparison_with_a_report_that_had_another_floor_is_of_the_times():
+    old = _report(_result(rounds=[100.0] * 3, floors=[50.0] * 3, floor_name="hit")).as_dict()
+
+    (change,) = bench.compare(_report(_result(rounds=[100.0] * 3, floors=[10.0] * 3, floor_name="kick")), old)
+
+    assert change.verdict == "same"
+
+
+def test_report_of_another_machine_or_back_end_is_told():
+    new, old = _report(_result()), _report(_result())
+    new.machine, old.machine = (
+        {"cpu": "one", "kernel": "6", "load": 1.0},
+        {"cpu": "ot\x1bher", "kernel": "6", "load": 2.0},
+    )
+    old.backend = "kvm"
+
+    assert moved(new, old.as_dict()) == [
+        "backend is 'soft', in the other report 'kvm'",
+        "cpu is 'one', in the other report 'ot\\x1bher'",
+    ]
+    assert moved(new, new.as_dict()) == []
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "[]", "{}", '{"schema": "uhyve-bench-1"}', "[" * 100_000])
@@ -167,6 +264,17 @@ def test_bench_of_the_software_cpu_measures_stops_hits_gdb_and_lives():
     assert all(result.floors for result in report.results if result.name.startswith(("hit", "gdb", "boot")))
 
 
+def test_bench_of_the_firmware_area_measures_it_wherever_chance_would_have_ram(monkeypatch):
+    launch = uhyve.Vm._launch
+    monkeypatch.setattr(
+        uhyve.Vm, "_launch", lambda vm, run, changed=None: launch(vm, run, {"guest_address": 0} | (changed or {}))
+    )
+
+    report = bench.run(["mmio_write"], backend="soft", quick=True)
+
+    assert report.skipped == {}
+
+
 def test_quick_bench_whose_time_is_over_skips_what_is_left_and_says_so(monkeypatch):
     monkeypatch.setattr("uhyve.bench.measure._QUICK", 0.0)
 
@@ -194,6 +302,15 @@ def test_bench_of_the_software_cpu_skips_the_floor_under_stops_and_says_why():
     assert "no KVM_RUN" in report.skipped["crowd_1"]
 
 
+def test_bench_whose_interpreters_fail_skips_their_cases_with_one_line(monkeypatch):
+    monkeypatch.setattr("uhyve.bench.ways._WHOLE", "import nothing_of_this_name")
+
+    report = bench.run(["process"], backend="soft", quick=True)
+
+    reason = "an interpreter of its own ends with 1: ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    assert report.skipped == {"process": reason}
+
+
 def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
     report = bench.run(["wake"], backend="soft", quick=True)
 
@@ -205,14 +322,80 @@ def test_exits_of_two_vcpus_are_told_apart_by_vcpu_and_reason():
     )
 
 
-def test_command_with_a_limit_that_makes_no_sense_ends_before_it_measures():
-    words = [sys.executable, "-m", "uhyve", "bench", "--fail-if", "pio.ratio"]
+def _command(*words):
+    command = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
 
-    assert done.returncode not in (0, 1)
-    assert "no comparison" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--fail-if", "pio.ratio"], "no comparison"),
+        (["--fail-if", "nothing.p50>1"], "no case 'nothing'"),
+        (["--fail-if", "timer.p50>1"], "no case 'timer'"),
+        (["--fail-if", "pio.p98>1"], "pio has no 'p98'"),
+        (["--fail-if", "write_1.ratio>1", "write_1"], "write_1 has no 'ratio'"),
+        (["--plot", "/nowhere/a.svg"], "missing, or not writable"),
+    ],
+)
+def test_command_that_makes_no_sense_ends_before_it_measures(words, expected):
+    done = _command("pio", *words)
+
+    assert done.returncode == 2
+    assert expected in done.stderr
     assert done.stdout == ""
+
+
+def test_command_that_compares_with_bytes_that_are_no_text_says_so(tmp_path):
+    (tmp_path / "old.json").write_bytes(b"\x7fELF\xff\xfe")
+
+    done = _command("pio", "--compare", tmp_path / "old.json")
+
+    assert done.returncode == 2
+    assert "is no report" in done.stderr
+    assert done.stdout == ""
+
+
+def test_command_that_compares_with_other_cases_says_that_there_are_none(tmp_path):
+    report = bench.run(["pio"], backend="soft", quick=True)
+    (tmp_path / "old.json").write_text(json.dumps(report.as_dict()))
+
+    done = _command("pio_in", "--compare", tmp_path / "old.json")
+
+    assert done.returncode == 0, done.stderr
+    assert "the other report has none of these cases" in done.stdout
+
+
+@pytest.mark.parametrize("cases", ["nothing", ["pio", "nothing"]])
+def test_bench_of_a_case_that_there_is_not_raises_config_error(cases):
+    with pytest.raises(uhyve.ConfigError, match="no case 'nothing'"):
+        bench.run(cases, backend="soft", quick=True)
+
+
+def _shown(monkeypatch, term):
+    """What the progress writes to a terminal of 20 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 10, 20, 0, 0))
+    monkeypatch.setenv("TERM", term)
+    with open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with _progress() as tell:
+            tell("2/5 a title that is longer than the line")
+        stream.flush()
+        text = b""
+        # What was written comes through in parts, a little later.
+        while select.select([ours], [], [], 0.5)[0]:
+            text += os.read(ours, 1000)
+    os.close(ours)
+    return text.decode()
+
+
+def test_progress_on_a_narrow_terminal_stays_in_its_line_and_is_erased(monkeypatch):
+    assert _shown(monkeypatch, "xterm") == "\r\x1b[K2/5 a title that is\r\x1b[K"
+
+
+def test_progress_on_a_dumb_terminal_is_not_told(monkeypatch):
+    assert _shown(monkeypatch, "dumb") == ""
 
 
 def test_command_that_lists_cases_names_each():
@@ -221,6 +404,27 @@ def test_command_that_lists_cases_names_each():
     )
 
     assert [line.split()[0] for line in done.stdout.splitlines()] == [case.name for case in bench.CASES]
+
+
+def test_command_tells_each_limit_that_is_passed_and_each_that_was_not_measured():
+    unmeasured, passed = ("--fail-if", "mmio_read.p50>0"), ("--fail-if", "pio.p50>0")
+
+    one = _command("pio", "mmio_read", *unmeasured)
+    both = _command("pio", "mmio_read", *unmeasured, *passed)
+
+    assert (one.returncode, both.returncode) == (2, 1)
+    assert "answers this itself" in one.stderr
+    assert "answers this itself" in both.stderr
+    assert "pio.p50>0 is true" in both.stderr
+
+
+def test_command_whose_limit_is_passed_ends_with_1_where_it_can_not_be_told():
+    words = [sys.executable, "-m", "uhyve", "bench", "--quick", "--backend", "soft", "pio"]
+
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*words, "--fail-if", "pio.p50>0"], stdout=subprocess.PIPE, stderr=full, timeout=60)
+
+    assert done.returncode == 1
 
 
 def test_command_with_json_and_a_limit_that_is_passed_ends_with_1():

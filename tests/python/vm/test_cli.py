@@ -180,6 +180,15 @@ def test_stats_are_printed_on_standard_error(run: Callable, guest: Callable[...,
     assert b"1,234" in errors
 
 
+def test_stats_are_printed_when_the_time_is_over_and_after_a_crash(run: Callable, guest: Callable[..., Path]) -> None:
+    late, _, counted = run("--stats", "--timeout", "0.5", guest("hang"))
+    crashed, _, told = run("--stats", guest("crash"))
+
+    assert (late, crashed) == (124, 134)
+    assert b" exits in " in counted
+    assert b" exits in " in told
+
+
 def test_output_goes_to_a_new_file_or_nowhere(run: Callable, guest: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "console"
 
