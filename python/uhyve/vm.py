@@ -17,7 +17,7 @@ from weakref import WeakSet
 
 from uhyve._core import Image, Machine
 from uhyve.errors import ConfigError, GuestCrashError, TimeoutExpired, VmStateError
-from uhyve.result import result_of, text_of
+from uhyve.result import result_of, stats_of, text_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any, Final, Literal, Self, TypeAlias
 
     from uhyve.debugger import Debugger
-    from uhyve.result import VmResult
+    from uhyve.result import VmResult, VmStats
 
     StrPath: TypeAlias = str | os.PathLike[str]
     FileSource: TypeAlias = StrPath | bytes | bytearray | memoryview
@@ -215,6 +215,7 @@ class Vm:
         self._lock = threading.RLock()
         self._run: _Run | None = None
         self._result: VmResult | None = None
+        self._stats: VmStats | None = None
 
     @classmethod
     def demo(cls, **keywords: Any) -> Self:
@@ -240,6 +241,16 @@ class Vm:
         if run is None:
             return False
         return run.machine is None or is_alive(run.machine)
+
+    @property
+    def stats(self) -> VmStats | None:
+        """The counters of the machine now, while it runs, too; after its end, however it came, those of its end.
+
+        ``None`` if there was no machine yet.
+        """
+        with self._lock:
+            run, stats = self._run, self._stats
+        return stats if run is None or run.machine is None else stats_of(run.machine)
 
     def run(self, timeout: float | None = None) -> VmResult:
         """Runs the guest to its end.
@@ -413,6 +424,8 @@ class Vm:
         with self._lock:
             if self._run is run:
                 self._run, self._result = None, result
+                if run.machine is not None:
+                    self._stats = stats_of(run.machine) if result is None else result.stats
                 _running.discard(self)
 
     def _release_machine(self, machine: Machine) -> None:

@@ -29,8 +29,6 @@ from uhyve.cli.ending import (
 )
 from uhyve.cli.session import Session
 from uhyve.cli.settings import ISOLATION, Settings, settings_of, split_arguments
-from uhyve.result import stats_of
-from uhyve.vm import _Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -139,26 +137,20 @@ def run(image: str, words: tuple[str, ...], timeout: float | None, **flags: Any)
 def _run(settings: Settings, image: str | uhyve.Image, words: Sequence[str], timeout: float | None) -> int:
     vm = uhyve.Vm(image, **settings.keywords(*split_arguments(words)))
     if (port := settings.gdb_port) is not None:
-        with vm.debug() as dbg, _counted(settings, lambda: dbg.stats):
+        with _counted(settings, vm), vm.debug() as dbg:
             return _serve(dbg, f"127.0.0.1:{port}", timeout)
-    # As Vm.run() does it, which keeps the machine to itself.
-    started = _Run(debugging=False)
-    try:
-        machine = vm._launch(started)
-        with _counted(settings, lambda: stats_of(machine)):
-            return vm._wait(started, timeout).code
-    finally:
-        vm._release(started)
+    with _counted(settings, vm):
+        return vm.run(timeout).code
 
 
 @contextmanager
-def _counted(settings: Settings, stats: Callable[[], uhyve.VmStats]) -> Iterator[None]:
+def _counted(settings: Settings, vm: uhyve.Vm) -> Iterator[None]:
     """Prints the counters in the end, if they are asked for: after a crash, and when the time is over, too."""
     try:
         yield
     finally:
-        if settings.stats:
-            say(str(stats()))
+        if settings.stats and vm.stats is not None:
+            say(str(vm.stats))
 
 
 def _serve(dbg: uhyve.Debugger, address: str, timeout: float | None) -> int:
@@ -225,7 +217,7 @@ def debug(
         keywords["output"] = "stderr"
     vm = uhyve.Vm(image, **keywords)
     prompt = not batch and gdb != "-" and sys.stdin.isatty() and sys.stdout.isatty()
-    with vm.debug() as dbg, _counted(settings, lambda: dbg.stats):
+    with _counted(settings, vm), vm.debug() as dbg:
         session = Session(vm, dbg, commands, timeout)
         session.set_breakpoints(places)
         if script is not None:
