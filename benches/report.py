@@ -79,7 +79,8 @@ def _exits(report: dict[str, Any]) -> list[str]:
         bars = "; ".join(f"{bar['verdict']}: {_bar(bar)}" for bar in result["bars"])
         rows.append([f"{result['title']} (`{result['name']}`)", *numbers, *parts, ratio, bars])
     lines = _table(["case", "p50", "p99", "in KVM_RUN", "dispatch", "handler", "script", "ratio (95 %)", "bar"], rows)
-    lines += ["", f"The clock costs {report['clock']['cost_p50_ns']:.3g} ns a reading, and each exit has two."]
+    reading = report["clock"]["cost_p50_ns"]
+    lines += ["", f"The clock costs {reading:.3g} ns a reading; an exit whose parts are shown has two."]
     lines += [f"Skipped `{name}`: {reason}." for name, reason in report["skipped"].items()]
     return lines + [f"Doubtful: {text}." for text in report["warnings"]]
 

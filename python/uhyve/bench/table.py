@@ -145,6 +145,6 @@ def _remarks(report: Report) -> list[str]:
         source += ", tried on each CPU"
     lines.append(
         f"{report.backend}, {report.seconds:.1f} s, clock {source}"
-        f" ({cost:.0f} ns a reading, of which each exit above has two)"
+        f" ({cost:.0f} ns a reading; an exit whose parts are shown has two)"
     )
     return lines
