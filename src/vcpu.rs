@@ -143,16 +143,19 @@ fn serve(machine: &Arc<Machine>, number: u32) -> Result<()> {
         context.cpu.bind_to_current_thread()?;
         machine.engine.set_kick(number, Some(context.cpu.kick_handle()));
     }
+    let latencies = &machine.stats.latencies;
+    let mut sampler = Sampler::new(latencies);
     loop {
         match machine.engine.safe_point(number) {
             Command::End => return Ok(()),
             Command::Run(plan) => {
-                let latencies = &machine.stats.latencies;
                 latencies.mark(number, 1);
-                let mut seat = Seat { machine, number, sampler: Sampler::new(latencies, number), guard: None };
+                sampler.resume(latencies);
+                let mut seat = Seat { machine, number, sampler, guard: None };
                 seat.relock();
                 seat.run(plan)?;
-                drop(seat);
+                drop(seat.guard);
+                sampler = seat.sampler;
                 latencies.mark(number, 0);
             }
         }
