@@ -675,6 +675,24 @@ fn test_injected_exception_outlives_an_interruption() {
 }
 
 #[test]
+fn test_injected_breakpoint_exception_comes_before_the_instruction_however_often_it_is_interrupted() {
+    on_each(&[NOP], |guest| {
+        let mut guest = guest.with_handlers();
+        assert!(guest.vcpu.is_at_instruction().unwrap());
+        guest.vcpu.inject(Exception { vector: 3, error_code: None, address: None }).unwrap();
+        for _ in 0..3 {
+            assert!(!guest.vcpu.is_at_instruction().unwrap(), "it waits to be delivered");
+            guest.vcpu.kick_handle().kick();
+            assert_eq!(guest.vcpu.run().unwrap(), Exit::Interrupted);
+        }
+        assert!(matches!(guest.run(), Exit::IoOut { port: HANDLER_PORT, .. }));
+        guest.vcpu.complete_io().unwrap();
+        assert!(guest.vcpu.is_at_instruction().unwrap());
+        guest.runs_to_its_end();
+    });
+}
+
+#[test]
 fn test_unknown_backend_is_an_error_that_names_the_choices() {
     let memory = GuestMemory::new(0, 0x20_0000, Backing::default()).unwrap();
     match backend::open("vax", &memory, &MachineOptions::default()) {
