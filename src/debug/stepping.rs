@@ -417,6 +417,8 @@ impl Seat<'_> {
         if after.rip == pc && is_repeated(&code) && before.general[RCX] != 0 && after.general[RCX] == 0 {
             // Some CPUs find out only in another step that nothing is left.
             after.rip = pc.wrapping_add(x86::length(&code).unwrap_or(0) as u64);
+            // Set between iterations, it would hide a debug register's breakpoint at the next instruction.
+            after.rflags &= !RFLAGS_RF;
             self.context().cpu.set_registers(&after)?;
         }
         let moved = after.rip != pc;
