@@ -143,16 +143,19 @@ fn serve(machine: &Arc<Machine>, number: u32) -> Result<()> {
         context.cpu.bind_to_current_thread()?;
         machine.engine.set_kick(number, Some(context.cpu.kick_handle()));
     }
+    let latencies = &machine.stats.latencies;
+    let mut sampler = Sampler::new(latencies);
     loop {
         match machine.engine.safe_point(number) {
             Command::End => return Ok(()),
             Command::Run(plan) => {
-                let latencies = &machine.stats.latencies;
                 latencies.mark(number, 1);
-                let mut seat = Seat { machine, number, sampler: Sampler::new(latencies, number), guard: None };
+                sampler.resume(latencies);
+                let mut seat = Seat { machine, number, sampler, guard: None };
                 seat.relock();
                 seat.run(plan)?;
-                drop(seat);
+                drop(seat.guard);
+                sampler = seat.sampler;
                 latencies.mark(number, 0);
             }
         }
@@ -331,13 +334,19 @@ impl<'a> Seat<'a> {
         Ok(flow)
     }
 
-    /// Answers a hypercall, unless an earlier one still waits.
+    /// Answers a hypercall, unless an earlier one still waits, or text that was written before it.
     pub(crate) fn call(&mut self, pending: PendingCall) -> Result<Flow> {
-        if self.context().calls.is_empty() {
+        if self.context().calls.is_empty() && self.take_queued()? {
             return self.dispatch(pending);
         }
         self.context().calls.push_back(pending);
         Ok(Flow::Leave)
+    }
+
+    /// Takes what KVM has queued, waiting for the console. False: the vCPU is asked to stop before.
+    fn take_queued(&self) -> Result<bool> {
+        let (machine, number) = (self.machine, self.number);
+        machine.drain_all(number, &|| machine.engine.is_requested(number))
     }
 
     fn dispatch(&mut self, mut pending: PendingCall) -> Result<Flow> {
@@ -398,7 +407,11 @@ impl<'a> Seat<'a> {
 
     /// Makes an interrupted hypercall again. Nothing of the guest runs before it is done.
     pub fn resume_call(&mut self) -> Result<Flow> {
-        while let Some(pending) = self.context().calls.pop_front() {
+        while !self.context().calls.is_empty() {
+            if !self.take_queued()? {
+                return Ok(Flow::Leave);
+            }
+            let Some(pending) = self.context().calls.pop_front() else { break };
             if self.dispatch(pending)? == Flow::Leave {
                 return Ok(Flow::Leave);
             }

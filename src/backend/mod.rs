@@ -60,7 +60,8 @@ pub trait Coalesced: Send + Sync {
     /// Whether none waits. Cheap.
     fn is_empty(&self) -> bool {
         let (first, last) = self.marks();
-        first.load(Ordering::Relaxed) == last.load(Ordering::Acquire)
+        // What another thread took has arrived where it belongs.
+        first.load(Ordering::Acquire) == last.load(Ordering::Acquire)
     }
     /// Gives each write, port and bytes, to `take`, in their order, until that refuses one (which stays).
     fn drain(&self, take: &mut dyn FnMut(u16, &[u8]) -> bool);

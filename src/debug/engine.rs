@@ -122,6 +122,14 @@ impl State {
         may_run && self.exclusive.is_none() && seat.plan != Plan::Hold
     }
 
+    fn status(&self) -> Status {
+        match self.phase {
+            Phase::Running | Phase::Stopping => Status::Running,
+            Phase::Stopped => Status::Stopped(self.stop.clone().expect("the world stopped at least once")),
+            Phase::Ended => Status::Ended(self.end.clone().expect("an end is set with the phase")),
+        }
+    }
+
     /// Whether all stand still but the owner of the exclusive section.
     fn stands_still_but(&self, owner: Owner) -> bool {
         (0..).zip(&self.seats).all(|(n, seat)| seat.stands_still() || owner == Owner::Vcpu(n))
@@ -500,12 +508,7 @@ impl Engine {
 
     /// Where a front end finds the VM now.
     pub fn status(&self) -> Status {
-        let state = self.lock();
-        match state.phase {
-            Phase::Running | Phase::Stopping => Status::Running,
-            Phase::Stopped => Status::Stopped(state.stop.clone().expect("the world stopped at least once")),
-            Phase::Ended => Status::Ended(state.end.clone().expect("an end is set with the phase")),
-        }
+        self.lock().status()
     }
 
     /// Kicks again whoever has not come to its safe point though it was asked to.

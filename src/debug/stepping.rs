@@ -306,11 +306,17 @@ impl Seat<'_> {
         loop {
             match self.emulate(&code)? {
                 Emulation::Done => return self.after_instruction(),
-                // One arrival, however many iterations: they end here, or when the vCPU is asked to stop.
-                Emulation::Repeat if self.judge()? == Flow::Leave => return Ok(Flow::Leave),
-                Emulation::Repeat if self.machine.engine.is_requested(self.number) => return Ok(Flow::Leave),
                 Emulation::Repeat => {}
-                Emulation::Fault(_) | Emulation::Unsupported => return self.step_over(pc, kind),
+                Emulation::Fault(_) | Emulation::Unsupported => {
+                    let flow = self.step_over(pc, kind)?;
+                    if flow == Flow::Leave || self.context().passed != Some(pc) {
+                        return Ok(flow);
+                    }
+                }
+            }
+            // One arrival, however many iterations: they end here, or when the vCPU is asked to stop.
+            if self.judge()? == Flow::Leave || self.machine.engine.is_requested(self.number) {
+                return Ok(Flow::Leave);
             }
         }
     }
@@ -411,6 +417,8 @@ impl Seat<'_> {
         if after.rip == pc && is_repeated(&code) && before.general[RCX] != 0 && after.general[RCX] == 0 {
             // Some CPUs find out only in another step that nothing is left.
             after.rip = pc.wrapping_add(x86::length(&code).unwrap_or(0) as u64);
+            // Set between iterations, it would hide a debug register's breakpoint at the next instruction.
+            after.rflags &= !RFLAGS_RF;
             self.context().cpu.set_registers(&after)?;
         }
         let moved = after.rip != pc;

@@ -176,6 +176,13 @@ impl Serial {
         has_room
     }
 
+    /// Waits while the buffer is full. Errors are those of [`Serial::write`].
+    pub fn await_room(&self, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
+        let state = lock(&self.state);
+        let is_full = state.buffer.len() >= FULL && !matches!(self.sink, Sink::Capture { .. });
+        if is_full { self.make_room(state, cancelled).map(drop) } else { Ok(()) }
+    }
+
     /// Gives the sink the complete lines of the buffer, as far as it takes them now.
     pub fn deliver(&self, cancelled: &dyn Fn() -> bool) -> io::Result<()> {
         let state = lock(&self.state);

@@ -1,11 +1,12 @@
 //! The clock of all measurements: the time stamp counter where it is sound, else CLOCK_MONOTONIC. It is chosen once a
-//! process, and calibrated against CLOCK_MONOTONIC_RAW from then on: the longer the process lives, the better.
+//! process, and calibrated against CLOCK_MONOTONIC_RAW from then on: the longer the process lives, the better. Where the
+//! machine slept in between, calibration begins anew: that clock stands still in its sleep, and a counter may run on or be reset.
 //!
 //! The counter is sound where the CPU says that it is invariant, or the kernel keeps its own time by it. A virtual machine
 //! is often told neither, though its counter is steady, and its other clocks are devices that cost a thousand times as
 //! much to read: there the counter of each CPU is tried, for its rate and against the others'.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -46,7 +47,7 @@ struct Clock {
     invariant: bool,
     tried: bool,
     kernel: String,
-    start: Pair,
+    start: Mutex<Moment>,
 }
 
 /// Both clocks at one moment.
@@ -54,6 +55,37 @@ struct Clock {
 struct Pair {
     ticks: u64,
     ns: u64,
+}
+
+/// Where a calibration begins or ends.
+#[derive(Clone, Copy)]
+struct Moment {
+    pair: Pair,
+    /// How long the machine has slept since it was started, in nanoseconds.
+    asleep: u64,
+}
+
+/// A difference that is a sleep, and no thread that was held up between two readings.
+const SLEEP: u64 = 100_000_000;
+
+impl Moment {
+    fn now(is_tsc: bool) -> Self {
+        // The one stands still in a sleep, the other doesn't.
+        let awake = nanoseconds(libc::CLOCK_MONOTONIC);
+        let asleep = nanoseconds(libc::CLOCK_BOOTTIME).saturating_sub(awake);
+        Self { pair: pair(is_tsc), asleep }
+    }
+
+    /// Ticks a nanosecond until `now`; `None` while that is too soon. If the machine has slept since, it begins now.
+    fn rate(&mut self, now: Self) -> Option<f64> {
+        let (from, to) = (self.pair, now.pair);
+        if to.ticks < from.ticks || now.asleep.abs_diff(self.asleep) > SLEEP {
+            *self = now;
+            return None;
+        }
+        let ns = to.ns.saturating_sub(from.ns);
+        (u128::from(ns) >= CALIBRATION.as_nanos()).then(|| (to.ticks - from.ticks) as f64 / ns as f64)
+    }
 }
 
 static CLOCK: OnceLock<Clock> = OnceLock::new();
@@ -68,7 +100,7 @@ fn clock() -> &'static Clock {
         let is_vouched_for = invariant || kernel == "tsc";
         let tried = !is_vouched_for && std::arch::x86_64::__cpuid(1).ecx & HYPERVISOR != 0 && is_steady();
         let is_tsc = is_vouched_for || tried;
-        Clock { is_tsc, invariant, tried, kernel, start: pair(is_tsc) }
+        Clock { is_tsc, invariant, tried, kernel, start: Mutex::new(Moment::now(is_tsc)) }
     })
 }
 
@@ -161,17 +193,16 @@ fn pair(is_tsc: bool) -> Pair {
     tries.min_by_key(|(took, _)| *took).expect("there are seven").1
 }
 
-/// Ticks a nanosecond. Takes a millisecond if the process is younger.
+/// Ticks a nanosecond. Takes a millisecond if the process is younger, or the machine has slept since it asked last.
 pub fn ticks_per_ns() -> f64 {
     let clock = clock();
     if !clock.is_tsc {
         return 1.0;
     }
     loop {
-        let now = pair(true);
-        let ns = now.ns.saturating_sub(clock.start.ns);
-        if u128::from(ns) >= CALIBRATION.as_nanos() {
-            return now.ticks.saturating_sub(clock.start.ticks) as f64 / ns as f64;
+        let now = Moment::now(true);
+        if let Some(rate) = clock.start.lock().unwrap_or_else(PoisonError::into_inner).rate(now) {
+            return rate;
         }
         std::thread::sleep(CALIBRATION / 4);
     }
@@ -227,6 +258,25 @@ mod tests {
         if says.invariant && (1..=MOST_CPUS).contains(&allowed_cpus().len()) {
             // Whoever is held up just then may try again.
             assert!((0..20).any(|_| is_steady()), "what the CPU vouches for holds");
+        }
+    }
+
+    #[test]
+    fn test_calibration_across_a_sleep_of_the_machine_begins_anew() {
+        const HOUR: u64 = 3_600_000_000_000;
+        // Two ticks a nanosecond, and how many more by then.
+        let at = |ns: u64, asleep: u64, more: i64| {
+            let ticks = (2 * ns).saturating_add_signed(more);
+            Moment { pair: Pair { ticks, ns }, asleep }
+        };
+        for (asleep, more) in
+            [(9 * HOUR, 18 * HOUR as i64), (9 * HOUR, 0), (9 * HOUR, -2 * HOUR as i64), (0, -2 * HOUR as i64)]
+        {
+            let mut start = at(HOUR, 0, 0);
+            assert_eq!(start.rate(at(HOUR + 100, 0, 0)), None, "too soon");
+            assert_eq!(start.rate(at(2 * HOUR, 1_000, 0)), Some(2.0));
+            assert_eq!(start.rate(at(HOUR + 5_000_000, asleep, more)), None, "it has slept {asleep}");
+            assert_eq!(start.rate(at(HOUR + 15_000_000, asleep, more)), Some(2.0));
         }
     }
 

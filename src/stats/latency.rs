@@ -94,7 +94,9 @@ pub struct Latencies {
     books: Vec<Mutex<Book>>,
     every: AtomicU32,
     /// Exits of each vCPU that are not timed, at first.
-    skip: Vec<AtomicU32>,
+    skip: AtomicU32,
+    /// How often somebody has restarted it.
+    restarts: AtomicU32,
     /// When each vCPU last came to its safe point, and when it last left it.
     marks: Vec<[AtomicU64; 2]>,
 }
@@ -155,7 +157,8 @@ impl Latencies {
         Self {
             books: (0..cpus).map(|_| Mutex::new(Book::new())).collect(),
             every: AtomicU32::new(sampling.every),
-            skip: (0..cpus).map(|_| AtomicU32::new(sampling.skip)).collect(),
+            skip: AtomicU32::new(sampling.skip),
+            restarts: AtomicU32::new(0),
             marks: (0..cpus).map(|_| Default::default()).collect(),
         }
     }
@@ -192,13 +195,14 @@ impl Latencies {
         self.books.iter().map(of_book).collect()
     }
 
-    /// Forgets what was recorded, and times as `sampling` says from each vCPU's next exits on.
+    /// Forgets what was recorded, and times as `sampling` says from each vCPU's next resume on.
     pub fn restart(&self, sampling: Sampling) {
         self.every.store(sampling.every, Ordering::Relaxed);
-        self.skip.iter().for_each(|skip| skip.store(sampling.skip, Ordering::Relaxed));
+        self.skip.store(sampling.skip, Ordering::Relaxed);
         for book in &self.books {
             *book.lock().unwrap_or_else(|e| e.into_inner()) = Book::new();
         }
+        self.restarts.fetch_add(1, Ordering::Release);
     }
 
     fn record(&self, vcpu: u32, reason: usize, ticks: &[u64; Part::ALL.len()]) {
@@ -213,6 +217,8 @@ const NO_REASON: usize = usize::MAX;
 /// A vCPU's thread with a stopwatch. What is not timed costs a decrement and some branches that are never taken.
 pub(crate) struct Sampler {
     left: u32,
+    /// The restart that it obeys.
+    restart: u32,
     random: u32,
     is_timing: bool,
     entered: u64,
@@ -223,12 +229,13 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// For a vCPU that is about to run.
-    pub fn new(latencies: &Latencies, vcpu: u32) -> Self {
+    /// For a vCPU that has not run.
+    pub fn new(latencies: &Latencies) -> Self {
         let [a, b, c, d, ..] = clock::now().to_le_bytes();
         let random = u32::from_le_bytes([a, b, c, d]) | 1;
         let mut sampler = Self {
             left: 0,
+            restart: latencies.restarts.load(Ordering::Acquire),
             random,
             is_timing: false,
             entered: 0,
@@ -237,9 +244,23 @@ impl Sampler {
             handler: Cell::new(0),
             script: Cell::new(0),
         };
-        let skipped = latencies.skip[vcpu as usize].swap(0, Ordering::Relaxed);
-        sampler.left = sampler.next(latencies).saturating_add(skipped);
+        sampler.start(latencies);
         sampler
+    }
+
+    fn start(&mut self, latencies: &Latencies) {
+        let skipped = latencies.skip.load(Ordering::Relaxed);
+        self.left = self.next(latencies).saturating_add(skipped);
+    }
+
+    /// The vCPU is about to run on. The exits that it still has to the next that is timed stay as many, however often the
+    /// world stops, unless somebody has restarted the sampling.
+    pub fn resume(&mut self, latencies: &Latencies) {
+        let restart = latencies.restarts.load(Ordering::Acquire);
+        if self.restart != restart {
+            self.restart = restart;
+            self.start(latencies);
+        }
     }
 
     /// Exits to the next that is timed: `every` on average, at random, so that no rhythm of the guest's is met.
@@ -345,7 +366,10 @@ mod tests {
     use super::*;
 
     fn exits(latencies: &Latencies, count: u32) {
-        let mut sampler = Sampler::new(latencies, 0);
+        exits_of(&mut Sampler::new(latencies), latencies, count);
+    }
+
+    fn exits_of(sampler: &mut Sampler, latencies: &Latencies, count: u32) {
         for _ in 0..count {
             sampler.enter();
             sampler.leave();
@@ -387,6 +411,22 @@ mod tests {
             let share = recorded(&latencies) as f64 * f64::from(every) / 60_000.0;
             assert!((0.97..1.03).contains(&share), "1 in {every}: {share}");
         }
+    }
+
+    #[test]
+    fn test_sample_has_its_share_of_exits_between_which_the_world_stops() {
+        let latencies = Latencies::new(1, Sampling::default());
+        let mut sampler = Sampler::new(&latencies);
+        for _ in 0..12_800 {
+            sampler.resume(&latencies);
+            exits_of(&mut sampler, &latencies, 10);
+        }
+        let count = recorded(&latencies);
+        assert!((800..1300).contains(&count), "{count}");
+        latencies.restart(Sampling { every: 1, skip: 5 });
+        sampler.resume(&latencies);
+        exits_of(&mut sampler, &latencies, 10);
+        assert_eq!(recorded(&latencies), 5, "a restart counts from the next resume on");
     }
 
     #[test]

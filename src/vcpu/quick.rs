@@ -68,7 +68,7 @@ impl Seat<'_> {
             sampler.leave();
             // What waits in the queue came before this exit.
             let waits =
-                queue.is_some_and(|(first, last)| first.load(Ordering::Relaxed) != last.load(Ordering::Acquire));
+                queue.is_some_and(|(first, last)| first.load(Ordering::Acquire) != last.load(Ordering::Acquire));
             let kind = if waits || has_bursts && is_of_bursts(exit) {
                 None
             } else {

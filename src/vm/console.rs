@@ -29,7 +29,6 @@ impl Machine {
         is_last: bool,
         check: &mut dyn FnMut() -> Result<(), E>,
     ) -> Result<(), E> {
-        self.drain(0, &|| false)?;
         let failure = RefCell::new(None);
         let check = RefCell::new(check);
         let cancelled = || match (check.borrow_mut())() {
@@ -39,7 +38,15 @@ impl Machine {
                 true
             }
         };
-        let flushed = if is_last { self.console.settle(&cancelled) } else { self.console.flush(&cancelled) };
+        let flushed = loop {
+            let is_drained = self.drain(0, &|| false)?;
+            // What the queue still holds, the console takes when it is empty.
+            let waits = is_last || !is_drained;
+            let flushed = if waits { self.console.settle(&cancelled) } else { self.console.flush(&cancelled) };
+            if is_drained || flushed.is_err() {
+                break flushed;
+            }
+        };
         if let Some(error) = failure.into_inner() {
             return Err(error);
         }
@@ -58,9 +65,10 @@ impl Machine {
     }
 
     /// Takes the port writes that wait in the queue; what is counted, is for `vcpu`. While the queue is locked nothing
-    /// waits and nobody is called: complete lines go to the sink afterwards.
-    pub(crate) fn drain(&self, vcpu: u32, cancelled: &dyn Fn() -> bool) -> Result<()> {
-        let Some(queue) = self.coalesced.as_ref().filter(|q| !q.is_empty()) else { return Ok(()) };
+    /// waits and nobody is called: complete lines go to the sink afterwards. False: the console is full, and some wait still.
+    pub(crate) fn drain(&self, vcpu: u32, cancelled: &dyn Fn() -> bool) -> Result<bool> {
+        let Some(queue) = self.coalesced.as_ref().filter(|q| !q.is_empty()) else { return Ok(true) };
+        let mut is_refused = false;
         queue.drain(&mut |port, data| {
             if port != CONSOLE_PORT {
                 let mut value = [0; 4];
@@ -74,9 +82,26 @@ impl Machine {
             if taken {
                 self.stats.count_hypercall(vcpu, Kind::SerialWriteByte);
             }
+            is_refused = !taken;
             taken
         });
-        if self.console.is_callback() { Ok(()) } else { self.deliver(cancelled) }
+        if !self.console.is_callback() {
+            self.deliver(cancelled)?;
+        }
+        Ok(!is_refused)
+    }
+
+    /// The same, and waits for the console. False: `cancelled` became true before it had taken all. Not for the console's
+    /// own thread, which callbacks would wait for.
+    pub(crate) fn drain_all(&self, vcpu: u32, cancelled: &dyn Fn() -> bool) -> Result<bool> {
+        while !self.drain(vcpu, cancelled)? {
+            match self.console.await_room(cancelled) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => return Ok(false),
+                Err(source) => return Err(Error::Host { what: "console output".into(), source }),
+            }
+        }
+        Ok(true)
     }
 
     pub(super) fn deliver(&self, cancelled: &dyn Fn() -> bool) -> Result<()> {

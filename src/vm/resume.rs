@@ -90,7 +90,7 @@ impl Machine {
 
     /// What a front end does about a stop that it has found without waiting: [`Machine::wait`] does it by itself.
     pub(crate) fn after_stop(&self, stop: &Stop) {
-        let flushed = self.drain(0, &|| true).map(|()| self.console.flush(&|| true));
+        let flushed = self.drain(0, &|| true).map(|_| self.console.flush(&|| true));
         if let Err(error) = flushed {
             log::warn!("console output: {error}");
         }

@@ -675,6 +675,30 @@ fn test_injected_exception_outlives_an_interruption() {
 }
 
 #[test]
+fn test_injected_breakpoint_exception_comes_before_the_instruction_however_often_it_is_interrupted() {
+    // int3
+    on_each(&[0xcc], |guest| {
+        let mut guest = guest.with_handlers();
+        assert!(guest.vcpu.is_at_instruction().unwrap());
+        if guest.backend.capabilities().unwrap().int3 == Int3::Unemulated {
+            let mut registers = guest.registers();
+            registers.rip += 1;
+            guest.vcpu.set_registers(&registers).unwrap();
+        }
+        guest.vcpu.inject(Exception { vector: 3, error_code: None, address: None }).unwrap();
+        for _ in 0..3 {
+            assert!(!guest.vcpu.is_at_instruction().unwrap(), "it waits to be delivered");
+            guest.vcpu.kick_handle().kick();
+            assert_eq!(guest.vcpu.run().unwrap(), Exit::Interrupted);
+        }
+        let exit = guest.run();
+        assert!(matches!(exit, Exit::IoOut { port: HANDLER_PORT, .. }), "{exit:?}");
+        guest.vcpu.complete_io().unwrap();
+        assert!(guest.vcpu.is_at_instruction().unwrap());
+    });
+}
+
+#[test]
 fn test_unknown_backend_is_an_error_that_names_the_choices() {
     let memory = GuestMemory::new(0, 0x20_0000, Backing::default()).unwrap();
     match backend::open("vax", &memory, &MachineOptions::default()) {

@@ -47,8 +47,8 @@ pub struct KvmVcpu {
     system: Option<SystemRegisters>,
     debug: GuestDebug,
     debugging: bool,
-    /// An exception is given to KVM, and the vCPU has not been entered since.
-    has_injected: bool,
+    /// An exception is given to KVM, at this program counter, and the guest has not run since.
+    injected: Option<u64>,
     /// See [`Vcpu::changes`].
     changes: u64,
     layout: Layout,
@@ -75,7 +75,7 @@ impl KvmVcpu {
             system: None,
             debug: GuestDebug::default(),
             debugging: false,
-            has_injected: false,
+            injected: None,
             changes: 0,
             layout,
         };
@@ -92,7 +92,7 @@ impl KvmVcpu {
     }
 
     pub(super) fn has_injected(&self) -> bool {
-        self.has_injected
+        self.injected.is_some()
     }
 
     fn page(&mut self) -> &mut kvm_run {
@@ -113,12 +113,15 @@ impl KvmVcpu {
         }
         self.io = None;
         self.system = None;
-        self.has_injected = false;
         // SAFETY: a vCPU fd; what the guest does stays in guest memory.
         let result = unsafe { kvm_run(self.fd.as_raw_fd()) };
         self.dirty = false;
         self.synced = self.sync_exits > 0;
-        if result == 0 { Ok(true) } else { interrupted(result) }
+        if result != 0 {
+            return interrupted(result);
+        }
+        self.injected = None;
+        Ok(true)
     }
 
     #[cold]
@@ -127,6 +130,17 @@ impl KvmVcpu {
         if self.sync_exits == 0 {
             self.fd.clear_sync_valid_reg(SyncReg::Register);
         }
+    }
+
+    /// After an interruption: an exception that was given may still wait to be delivered.
+    #[cold]
+    fn look_for_delivery(&mut self) -> Result<()> {
+        if let Some(given_at) = self.injected
+            && self.registers()?.rip != given_at
+        {
+            self.injected = None;
+        }
+        Ok(())
     }
 
     #[inline]
@@ -306,6 +320,7 @@ impl Vcpu for KvmVcpu {
         }
         self.immediate_exit().store(0, std::sync::atomic::Ordering::SeqCst);
         self.kick.take();
+        self.look_for_delivery()?;
         Ok(Exit::Interrupted)
     }
 
@@ -455,7 +470,7 @@ impl Vcpu for KvmVcpu {
 
     fn inject(&mut self, exception: Exception) -> Result<()> {
         self.changes += 1;
-        self.has_injected = true;
+        self.injected = Some(self.registers()?.rip);
         if exception.vector == 1 {
             let mut debug = self.fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
             debug.dr6 |= exception.address.unwrap_or(0);

@@ -41,10 +41,10 @@ impl Engine {
 
     /// The same for a front end that does not judge stops: one that waits for approval is none yet.
     fn shown_status(&self) -> Status {
-        let is_held = self.lock().is_held;
-        match self.status() {
-            Status::Stopped(_) if is_held => Status::Running,
-            status => status,
+        let state = self.lock();
+        match state.phase {
+            Phase::Stopped if state.is_held => Status::Running,
+            _ => state.status(),
         }
     }
 

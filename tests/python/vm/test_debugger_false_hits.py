@@ -321,3 +321,17 @@ def test_threads_that_read_counters_meanwhile_never_see_them_fall(smp: Path, cpu
 
         assert falls == []
         assert breakpoint_.reached == COUNT * cpus
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+def test_breakpoint_on_a_repeated_port_output_is_reached_once(guest: Callable[..., Path], hardware: bool) -> None:
+    with Vm(guest("ports", defines=["KIND=outsb", "COUNT=300"])).debug() as dbg:
+        code = dbg.memory.read(dbg.symbol("run_outsb"), 64)
+        breakpoint_ = dbg.breakpoint(
+            dbg.symbol("run_outsb") + code.index(b"\xf3\x6e"), condition="rcx == 0", hardware=hardware
+        )
+        behind = dbg.breakpoint(breakpoint_.address + 2, condition="rcx > 0", hardware=hardware)
+
+        finish(dbg)
+
+        assert (breakpoint_.reached, behind.reached) == (1, 1)

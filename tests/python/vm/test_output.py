@@ -83,6 +83,24 @@ def test_callable_output_that_is_slow_gets_everything(guest: Callable[..., Path]
     assert sink.text == "".join(f"line {number}\n" for number in range(30)).encode() + b"the end without a newline"
 
 
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_callable_output_that_is_slower_than_the_guest_gets_everything_in_order(
+    guest: Callable[..., Path], cpus: int
+) -> None:
+    sink = Sink(delay=0.0005)
+
+    def late(text: bytes) -> None:
+        if not sink.pieces:
+            time.sleep(1)
+        sink(text)
+
+    # Behind 64 KiB the guest waits for its reader, whichever way it prints.
+    Vm(guest("output", defines=("LINES=10000", "BUFFER_SIZE=64")), output=late, cpus=cpus).run(LIMIT)
+
+    lines = "".join(f"line {number}\n" for number in range(10000))
+    assert sink.text.decode() == lines + "a" * 63 + "\n" + "the end without a newline"
+
+
 def test_standard_error_gets_everything_before_the_run_returns(
     guest: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,3 +142,32 @@ fn test_wait_with_the_descriptor_of_an_earlier_one_is_not_over_by_what_that_was_
         world.close();
     });
 }
+
+#[test]
+fn test_stop_that_nobody_approves_is_shown_at_no_moment() {
+    bounded(|| {
+        let (engine, thread) = engine_with_busy_vcpu();
+        engine.gate_stops(true);
+        engine.resume(|_| Plan::Run).unwrap();
+        let (other, over) = (engine.clone(), Arc::new(AtomicBool::new(false)));
+        let until = over.clone();
+        let watcher = std::thread::spawn(move || {
+            while !until.load(Ordering::SeqCst) {
+                let now = Some(Instant::now());
+                let shown = other.wait_for_stop(now, &mut || Ok::<(), Error>(())).unwrap();
+                assert!(shown.is_none(), "a stop is shown before it is approved");
+            }
+        });
+        for _ in 0..600_000 {
+            // Of the stop before, which is over.
+            engine.approve();
+            assert!(engine.interrupt(StopReason::Interrupt));
+            until_stopped(&engine);
+            engine.resume(|_| Plan::Run).unwrap();
+        }
+        over.store(true, Ordering::SeqCst);
+        watcher.join().unwrap();
+        engine.end(End::Killed);
+        thread.join().unwrap();
+    });
+}
