@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+from weakref import WeakSet
 
 from uhyve import _core
 from uhyve.errors import VmStateError
@@ -29,6 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["GdbServer"]
 
+_serving: WeakSet[GdbServer] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Closes the servers that are still there when the interpreter ends: their threads need it to end."""
+    for server in list(_serving):
+        server.close()
+
 
 class GdbServer:
     """Listens for gdb or LLDB. Made by ``Debugger.serve_gdb()``; as a context manager it closes itself.
@@ -45,6 +56,7 @@ class GdbServer:
         self._debugger = debugger
         self._policy = policy
         self._core = _core.GdbServer(debugger._machine, address, Bridge(debugger, policy), policy._asked())
+        _serving.add(self)
 
     @property
     def address(self) -> str:

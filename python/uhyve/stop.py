@@ -7,7 +7,7 @@ from uhyve.result import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Literal, TypeAlias
+    from typing import Any, Literal, Self, TypeAlias
 
     from uhyve import _core
     from uhyve._core import Machine, Memory, Registers
@@ -113,6 +113,8 @@ class Stop(Record):
         match dbg.cont():
             case Stop("breakpoint", vcpu, pc): ...
             case Stop(reason="exit", code=code): ...
+
+    It can be pickled, for another process; there it has no ``breakpoint`` and no ``frame``: they stay with the machine.
     """
 
     __slots__ = (
@@ -214,7 +216,20 @@ class Stop(Record):
     @property
     def frame(self) -> Frame:
         """The place of the vCPU, its registers and memory. These can be used until the guest runs again."""
-        return Frame(self._machine, self.vcpu, self.pc)
+        machine = getattr(self, "_machine", None)
+        if machine is None:
+            raise VmStateError("this stop comes from elsewhere, and its machine is not here")
+        return Frame(machine, self.vcpu, self.pc)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = dict(zip(self._fields, self._values(), strict=True))
+        return type(self), tuple({**values, "breakpoint": None}.values())
 
     def __str__(self) -> str:
         """One line for people, or more if the guest crashed."""

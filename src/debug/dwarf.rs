@@ -21,12 +21,14 @@ use super::unwind::FrameTable;
 pub(super) type Slice<'a> = EndianSlice<'a, LittleEndian>;
 pub(super) type Unit<'a> = gimli::Unit<Slice<'a>>;
 
-/// How long the list of an image's units may take; what is not listed by then is not found.
+/// How long a walk over all units of an image may take; what is not come to by then is not found.
 const LISTING: Duration = Duration::from_secs(3);
 /// Address ranges of all units together.
 const MAX_RANGES: usize = 1 << 20;
-/// Units whose tables are kept.
-const KEPT: usize = 256;
+/// Units that an address is looked for in: it lies in one, or in few that share its code.
+const NEAR: usize = 4;
+/// Rows of lines, or ranges of functions, that are kept.
+const MAX_KEPT: usize = 1 << 24;
 
 /// What compressed sections may hold together, unpacked; what is more is left out.
 const MAX_UNPACKED: u64 = 1 << 28;
@@ -91,8 +93,10 @@ pub struct DebugInfo {
     sections: OnceLock<HashMap<&'static str, Section>>,
     dwarf: OnceLock<DwarfSections<Section>>,
     units: OnceLock<Units>,
-    lines: Mutex<HashMap<usize, Arc<Lines>>>,
-    functions: Mutex<HashMap<usize, Arc<Functions>>>,
+    /// By the line program's offset, which units may share.
+    lines: Mutex<Tables<Lines>>,
+    /// By the unit's index.
+    functions: Mutex<Tables<Functions>>,
     frames: OnceLock<FrameTable>,
 }
 
@@ -137,7 +141,7 @@ impl DebugInfo {
         self.candidates(address).find_map(|index| {
             let dwarf = self.dwarf();
             let unit = self.unit(&dwarf, index)?;
-            let (file, line) = self.lines_of(index, &dwarf, &unit)?.find(address)?;
+            let (file, line) = self.lines_of(&unit)?.find(address)?;
             Some(SourceLine { file: super::lines::file_name(&dwarf, &unit, file)?, line })
         })
     }
@@ -158,11 +162,17 @@ impl DebugInfo {
     pub fn addresses(&self, file: &str, line: u32) -> (u32, Vec<u64>) {
         let dwarf = self.dwarf();
         let mut found: Vec<(u32, u64)> = Vec::new();
-        for index in 0..self.units().offsets.len() {
+        let units = self.units().offsets.len();
+        let deadline = Instant::now() + LISTING;
+        for index in 0..units {
+            if Instant::now() > deadline {
+                warn_of_size();
+                break;
+            }
             let Some(unit) = self.unit(&dwarf, index) else { continue };
-            let files = super::lines::files_named(&dwarf, &unit, file);
+            let files = super::lines::files_named(&dwarf, &unit, file, deadline);
             if !files.is_empty()
-                && let Some(lines) = self.lines_of(index, &dwarf, &unit)
+                && let Some(lines) = self.lines_of(&unit)
             {
                 found.extend(lines.statements(&files, line));
             }
@@ -178,7 +188,7 @@ impl DebugInfo {
         self.candidates(address).find_map(|index| {
             let dwarf = self.dwarf();
             let unit = self.unit(&dwarf, index)?;
-            self.lines_of(index, &dwarf, &unit)?.range(address)
+            self.lines_of(&unit)?.range(address)
         })
     }
 
@@ -232,32 +242,60 @@ impl DebugInfo {
     }
 
     fn candidates(&self, address: u64) -> impl Iterator<Item = usize> + '_ {
+        let mut last = None;
         let contains = move |(begin, end, _): &&(u64, u64, usize)| (*begin..*end).contains(&address);
-        self.units().ranges.iter().filter(contains).map(|(_, _, index)| *index)
+        let indices = self.units().ranges.iter().filter(contains).map(|(_, _, index)| *index);
+        // The ranges of a unit stand together.
+        indices.filter(move |index| last.replace(*index) != Some(*index)).take(NEAR)
     }
 
-    fn lines_of(&self, index: usize, dwarf: &Dwarf<Slice<'_>>, unit: &Unit<'_>) -> Option<Arc<Lines>> {
-        keep(&self.lines, index, || Lines::parse(dwarf, unit))
+    fn lines_of(&self, unit: &Unit<'_>) -> Option<Arc<Lines>> {
+        let offset = unit.line_program.as_ref()?.header().offset().0;
+        keep(&self.lines, offset, Lines::len, || Lines::parse(unit))
     }
 
     fn functions_of(&self, index: usize, dwarf: &Dwarf<Slice<'_>>, unit: &Unit<'_>) -> Option<Arc<Functions>> {
-        keep(&self.functions, index, || Functions::parse(dwarf, unit))
+        keep(&self.functions, index, Functions::len, || Functions::parse(dwarf, unit))
     }
 }
 
-/// A table of a unit, made once.
-fn keep<T>(tables: &Mutex<HashMap<usize, Arc<T>>>, index: usize, make: impl FnOnce() -> Option<T>) -> Option<Arc<T>> {
+/// Tables that were made, and how long they are together.
+struct Tables<T> {
+    known: HashMap<usize, Arc<T>>,
+    length: usize,
+}
+
+impl<T> Default for Tables<T> {
+    fn default() -> Self {
+        Self { known: HashMap::new(), length: 0 }
+    }
+}
+
+/// A table, made once.
+fn keep<T>(
+    tables: &Mutex<Tables<T>>,
+    key: usize,
+    length: impl Fn(&T) -> usize,
+    make: impl FnOnce() -> Option<T>,
+) -> Option<Arc<T>> {
     let lock = || tables.lock().unwrap_or_else(|e| e.into_inner());
-    if let Some(known) = lock().get(&index) {
+    if let Some(known) = lock().known.get(&key) {
         return Some(known.clone());
     }
     let made = Arc::new(make()?);
+    // An empty one takes room, too.
+    let length = length(&made) + 1;
     let mut tables = lock();
-    if tables.len() >= KEPT {
-        tables.clear();
+    if tables.length + length > MAX_KEPT {
+        *tables = Tables::default();
     }
-    tables.insert(index, made.clone());
+    tables.length += length;
+    tables.known.insert(key, made.clone());
     Some(made)
+}
+
+fn warn_of_size() {
+    log::warn!("the image's debug information is too large to be listed; parts of it are not used");
 }
 
 fn list_units(dwarf: &Dwarf<Slice<'_>>) -> Units {
@@ -266,7 +304,7 @@ fn list_units(dwarf: &Dwarf<Slice<'_>>) -> Units {
     let mut headers = dwarf.units();
     while let Ok(Some(header)) = headers.next() {
         if Instant::now() > deadline || units.ranges.len() >= MAX_RANGES {
-            log::warn!("the image's debug information is too large to be listed; parts of it are not used");
+            warn_of_size();
             break;
         }
         let index = units.offsets.len();

@@ -38,8 +38,9 @@ struct Attributes<'a> {
     low: Option<u64>,
     high: Option<AttributeValue<Slice<'a>>>,
     ranges: Option<AttributeValue<Slice<'a>>>,
-    name: Option<Slice<'a>>,
-    linkage_name: Option<Slice<'a>>,
+    /// Where the names are; what is not shown is not looked for.
+    name: Option<AttributeValue<Slice<'a>>>,
+    linkage_name: Option<AttributeValue<Slice<'a>>>,
     origin: Option<AttributeValue<Slice<'a>>>,
     call_file: Option<u64>,
     call_line: u32,
@@ -60,8 +61,8 @@ impl<'a> Attributes<'a> {
                 constants::DW_AT_low_pc => found.low = dwarf.attr_address(unit, value).ok().flatten(),
                 constants::DW_AT_high_pc => found.high = Some(value),
                 constants::DW_AT_ranges => found.ranges = Some(value),
-                constants::DW_AT_name => found.name = dwarf.attr_string(unit, value).ok(),
-                constants::DW_AT_linkage_name => found.linkage_name = dwarf.attr_string(unit, value).ok(),
+                constants::DW_AT_name => found.name = Some(value),
+                constants::DW_AT_linkage_name => found.linkage_name = Some(value),
                 constants::DW_AT_abstract_origin | constants::DW_AT_specification => found.origin = Some(value),
                 constants::DW_AT_call_file => {
                     if let AttributeValue::FileIndex(index) = value {
@@ -100,6 +101,11 @@ impl<'a> Attributes<'a> {
 }
 
 impl Functions {
+    /// How many ranges there are.
+    pub fn len(&self) -> usize {
+        self.ranges.len()
+    }
+
     pub fn parse(dwarf: &Dwarf<Slice<'_>>, unit: &Unit<'_>) -> Option<Self> {
         let mut budget = MAX_RANGES;
         let mut functions = Self { ranges: Vec::new() };
@@ -187,7 +193,9 @@ fn name<'a>(
 ) -> Option<String> {
     let mut other: Option<Unit<'a>> = None;
     for _ in 0..MAX_REFERENCES {
-        if let Some(raw) = attributes.linkage_name.or(attributes.name) {
+        let unit_of_name = other.as_ref().unwrap_or(unit);
+        let text = |value| dwarf.attr_string(unit_of_name, value).ok();
+        if let Some(raw) = attributes.linkage_name.and_then(text).or_else(|| attributes.name.and_then(text)) {
             let bytes = raw.to_slice().ok()?;
             return Some(symbols::demangle(&String::from_utf8_lossy(&bytes[..bytes.len().min(MAX_NAME)])));
         }

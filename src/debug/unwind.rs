@@ -12,6 +12,8 @@ use crate::registers::{RBP, RBX, RSP, Registers};
 
 /// Entries of both tables together.
 const MAX_ENTRIES: usize = 1 << 21;
+/// Bytes of one entry, of an FDE or a CIE: every frame of a walk executes those of its own.
+const MAX_ENTRY: usize = 1 << 16;
 /// Operations of one DWARF expression.
 const MAX_OPERATIONS: u32 = 1000;
 /// DWARF's numbers of the general registers, by ours.
@@ -131,6 +133,9 @@ where
             Ok(read)
         });
         let Ok(entry) = parsed else { continue };
+        if entry.entry_len().max(entry.cie().entry_len()) > MAX_ENTRY {
+            continue;
+        }
         let begin = entry.initial_address();
         if let Some(end) = begin.checked_add(entry.len()).filter(|end| *end > begin && begin != 0) {
             found.push(Entry { begin, end, offset: entry.offset(), is_eh });

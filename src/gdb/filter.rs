@@ -262,7 +262,7 @@ impl Filter {
             Asked::Silence => return,
             Asked::Features => payload.extend_from_slice(FEATURES),
             Asked::End if succeeded => self.forget_stop(),
-            _ if matches!(payload.first(), Some(b'T' | b'S' | b'W' | b'X')) => payload = self.note_stop(payload),
+            _ if is_stop(&payload) => payload = self.note_stop(payload),
             _ if self.running && asked == Asked::Resume => self.running = false,
             _ => {}
         }
@@ -360,6 +360,11 @@ impl Filter {
 /// What an item that waits costs, about.
 fn weight(item: &Item) -> usize {
     size_of::<Item>() + if let Item::Packet(payload) = item { payload.len() } else { 0 }
+}
+
+/// Whether a reply tells of a stop or an end: a letter and a number, unlike `TextSeg=…`.
+fn is_stop(payload: &[u8]) -> bool {
+    matches!(payload, [b'T' | b'S' | b'W' | b'X', high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit())
 }
 
 /// Whether a packet asks for the session's end.

@@ -112,13 +112,21 @@ impl Server {
 
     /// Stops listening and drops its client; the guest stays as it is. Waits for the thread, unless called by it.
     pub fn close(&self) {
-        let _ = self.shared.closing.write(1);
-        let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
-        let Some(thread) = thread else { return };
+        let Some(thread) = self.let_go() else { return };
         let is_own = thread.thread().id() == std::thread::current().id();
         if !is_own && thread.join().is_err() {
             log::error!("the gdb server's thread has panicked");
         }
+    }
+
+    /// As `close`, but leaves the thread to itself.
+    pub fn abandon(&self) {
+        drop(self.let_go());
+    }
+
+    fn let_go(&self) -> Option<JoinHandle<()>> {
+        let _ = self.shared.closing.write(1);
+        self.thread.lock().unwrap_or_else(|e| e.into_inner()).take()
     }
 }
 

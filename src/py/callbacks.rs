@@ -110,7 +110,7 @@ impl PyPredicate {
 
 impl Predicate for PyPredicate {
     fn evaluate(&self, hit: &Hit) -> Result<bool, Arc<dyn Any + Send + Sync>> {
-        Python::attach(|py| {
+        let verdict = Python::try_attach(|py| {
             let Some(callable) = self.kept.get(py) else { return Ok(false) };
             let verdict =
                 Bound::new(py, PyHit::new(hit.clone())).and_then(|hit| callable.bind(py).call1((hit,))?.is_truthy());
@@ -119,7 +119,8 @@ impl Predicate for PyPredicate {
                 let error: Arc<dyn Any + Send + Sync> = Arc::new(Raised(error));
                 error
             })
-        })
+        });
+        verdict.unwrap_or(Ok(false))
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use super::breakpoint::{CompiledParts, program};
 use super::callbacks::{Kept, PyPredicate, Raised};
 use super::errors::{detached, to_python};
-use super::machine::{Interrupted, PyMachine, deadline, thread_wrapper};
+use super::machine::{Interrupted, PyMachine, check_signals, deadline, is_interpreter_ending, thread_wrapper};
 use crate::debug::breakpoints::{Breakpoint, Condition, Predicate};
 use crate::debug::condition::Program;
 use crate::debug::stop::Stop;
@@ -46,11 +46,12 @@ type ThreadParts = (u32, String, String, u32, Vec<(String, u64)>);
 impl PyPolicy {
     /// Calls `f` with the policy's object, unless the VM is closed.
     fn with<T>(&self, f: impl FnOnce(Python<'_>, &Bound<'_, PyAny>) -> PyResult<T>) -> Option<Result<T, Failure>> {
-        Python::attach(|py| {
+        let answer = Python::try_attach(|py| {
             let kept = lock(&self.kept).clone();
             let object = kept.get(py)?;
             Some(f(py, object.bind(py)).map_err(|error| failure(py, error)))
-        })
+        });
+        answer.flatten()
     }
 
     fn ask<T>(&self, method: &str, f: impl FnOnce(&Bound<'_, PyAny>) -> PyResult<T>) -> Answer<T> {
@@ -260,7 +261,7 @@ impl PyGdbServer {
     #[pyo3(signature = (timeout = None))]
     fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<bool> {
         let deadline = timeout.map(deadline).transpose().map_err(|e| to_python(py, e))?;
-        let mut check = || Python::attach(|py| py.check_signals()).map_err(Interrupted::Raised);
+        let mut check = check_signals;
         py.detach(|| self.server.wait(deadline, &mut check)).map_err(|e| match e {
             Interrupted::Raised(error) => error,
             Interrupted::Failed(error) => to_python(py, error),
@@ -283,6 +284,10 @@ impl PyGdbServer {
 
 impl Drop for PyGdbServer {
     fn drop(&mut self) {
+        if is_interpreter_ending() {
+            self.server.abandon();
+            return;
+        }
         // The server's thread may want the interpreter before it ends.
         Python::try_attach(|py| py.detach(|| self.server.close()));
     }

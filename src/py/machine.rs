@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
 use pyo3::{PyTraverseError, PyVisit};
@@ -222,6 +223,10 @@ impl PyMachine {
     /// Builds a machine and starts it. `arguments` has a key for each field of the VM's configuration.
     #[new]
     fn new(py: Python<'_>, image: &PyImage, arguments: Arguments) -> PyResult<Self> {
+        if is_interpreter_ending() {
+            // The module of our exceptions may be gone.
+            return Err(PyRuntimeError::new_err("Python is ending: no VM can be started any more"));
+        }
         let callbacks = Arc::new(Callbacks::default());
         let output = output(py, &arguments, &callbacks)?;
         let isolation = isolation(&arguments.file_isolation).map_err(|e| to_python(py, e))?;
@@ -280,7 +285,7 @@ impl PyMachine {
             None => None,
             Some(seconds) => Some(deadline(seconds).map_err(|e| to_python(py, e))?),
         };
-        let mut check = || Python::attach(|py| py.check_signals()).map_err(Interrupted::Raised);
+        let mut check = check_signals;
         let status = py.detach(|| machine.wait(deadline, &mut check)).map_err(|e| match e {
             Interrupted::Raised(error) => error,
             Interrupted::Failed(error) => self.callbacks.take_console_error().unwrap_or_else(|| to_python(py, error)),
@@ -336,6 +341,10 @@ impl PyMachine {
     /// Ends the VM and waits for its threads.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         if self.machine.check_owner().is_err() {
+            return Ok(());
+        }
+        if is_interpreter_ending() {
+            self.machine.engine.end(End::Killed);
             return Ok(());
         }
         py.detach(|| self.machine.close());
@@ -618,6 +627,9 @@ impl Drop for PyMachine {
             return;
         }
         self.machine.engine.end(End::Killed);
+        if is_interpreter_ending() {
+            return;
+        }
         // The last reference may go on a thread of the VM itself, and callbacks may want the interpreter: never join attached.
         Python::try_attach(|py| py.detach(|| self.machine.close()));
     }
@@ -644,11 +656,28 @@ pub(super) fn deadline(seconds: f64) -> Result<Instant> {
         .ok_or_else(|| Error::Config(format!("timeout {seconds} s is too far away; use None for no limit")))
 }
 
+/// What a wait does when a signal has arrived.
+pub(super) fn check_signals() -> Result<(), Interrupted> {
+    Python::try_attach(|py| py.check_signals()).unwrap_or(Ok(())).map_err(Interrupted::Raised)
+}
+
+/// Whether the interpreter clears its modules, behind `atexit`: a thread that wants it then waits for ever, and who joins
+/// that thread, too. The end of the process takes it.
+pub(super) fn is_interpreter_ending() -> bool {
+    // SAFETY: needs neither an interpreter nor a thread state.
+    unsafe { pyo3::ffi::Py_IsInitialized() == 0 }
+}
+
 /// Gives a thread one Python thread state for its life: attaching for a callback then costs 0.3 µs instead of 13.
 pub(super) fn thread_wrapper() -> ThreadWrapper {
     Arc::new(|body: &mut dyn FnMut()| {
-        let body = std::panic::AssertUnwindSafe(SendPtr(body));
-        Python::attach(|py| py.detach(move || body.0.call()));
+        let attached = Python::try_attach(|py| {
+            let body = std::panic::AssertUnwindSafe(SendPtr(&mut *body));
+            py.detach(move || body.0.call());
+        });
+        if attached.is_none() {
+            body();
+        }
     })
 }
 

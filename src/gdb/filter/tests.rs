@@ -72,6 +72,7 @@ impl Harness {
                         [b'v', b'C', b'o', b'n', b't', b';', ..] => continue,
                         b"?" => &b"T05thread:p1.2;"[..],
                         [b'q', b'S', ..] => b"PacketSize=400;multiprocess+",
+                        b"qOffsets" => b"TextSeg=40000",
                         _ => b"OK",
                     };
                     self.filter.outgoing(&[b"+", frame(reply).as_slice()].concat());
@@ -104,6 +105,17 @@ fn test_damaged_packet_is_asked_for_again_or_refused() {
     assert_eq!(harness.send(b"$g#zz"), "-");
     assert!(harness.passed.is_empty());
     assert_eq!(Harness::without_acks().send(b"$g#68"), "$E16#ac");
+}
+
+#[test]
+fn test_stop_that_is_asked_for_again_is_the_last_one_whatever_was_asked_between() {
+    let mut harness = Harness::without_acks();
+    let stop = harness.ask("?");
+    assert!(stop.starts_with("T05"), "{stop}");
+    for packet in ["qOffsets", "g", "qSupported"] {
+        harness.ask(packet);
+        assert_eq!(harness.ask("?"), stop, "{packet}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import threading
@@ -552,6 +553,23 @@ def test_stop_without_a_machine_survives_pickling() -> None:
     stop = Stop("exit", 0, 0x1000, code=3, number=9)
 
     assert pickle.loads(pickle.dumps(stop)) == stop
+
+
+def test_stop_at_a_breakpoint_goes_to_another_process_without_it(guest: Callable[..., Path]) -> None:
+    with Vm(guest("loop")).debug() as dbg:
+        met = dbg.breakpoint("guest_main")
+        stop = dbg.cont(timeout=LIMIT)
+
+        there = pickle.loads(pickle.dumps(stop))
+
+        assert (there.breakpoint, there.hits, there.symbol) == (None, 1, "guest_main")
+        assert str(there).endswith(": breakpoint")
+        with pytest.raises(VmStateError, match="elsewhere"):
+            _ = there.frame
+        for same in (copy.copy(stop), copy.deepcopy([stop])[0]):
+            assert same == stop
+            assert same.breakpoint == met
+            assert same.frame.registers.rip == stop.pc
 
 
 def test_debugger_translates_between_symbols_and_addresses(guest: Callable[..., Path]) -> None:

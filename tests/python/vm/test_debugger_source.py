@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import resource
 import struct
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -203,3 +205,100 @@ def test_broken_debug_information_gives_less_but_never_fails(guest: Callable[...
                 except BreakpointError:
                     continue
         path.unlink()
+
+
+def with_sections(image: bytes, contents: dict[str, bytes]) -> bytes:
+    """An ELF image with these sections instead of its own."""
+    data, names, headers = bytearray(image), b"\0", [bytes(64)]
+    strings = b"\0" + b"".join(name.encode() + b"\0" for name in [*contents, ".shstrtab"])
+    for name, content in [*contents.items(), (".shstrtab", strings)]:
+        headers.append(struct.pack("<IIQQQQIIQQ", len(names), 1, 0, 0, len(data), len(content), 0, 0, 1, 0))
+        names += name.encode() + b"\0"
+        data += content
+    struct.pack_into("<Q", data, 0x28, len(data))
+    struct.pack_into("<HHH", data, 0x3A, 64, len(headers), len(headers) - 1)
+    return bytes(data) + b"".join(headers)
+
+
+def abbreviations(*declarations: tuple[int, bool, list[tuple[int, int]]]) -> bytes:
+    """Tag, whether it has children, and attributes with their forms, of each; all below 0x80."""
+    text = b""
+    for code, (tag, children, attributes) in enumerate(declarations, 1):
+        text += bytes([code, tag, children, *(part for attribute in attributes for part in attribute), 0, 0])
+    return text + b"\0"
+
+
+def sized(content: bytes) -> bytes:
+    return struct.pack("<I", len(content)) + content
+
+
+def unit(entries: bytes) -> bytes:
+    return sized(struct.pack("<HIB", 4, 0, 8) + entries)
+
+
+def one_line_program_for_many_units() -> dict[str, bytes]:
+    """2,000 units, each of which claims a program of a million rows."""
+    header = bytes([1, 1, 1, 0xFB, 14, 13, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0]) + b"a.c\0\0\0\0\0"
+    program = b"\0\x09\x02" + struct.pack("<Q", 0x1000) + b"\x20" * 1_000_000 + b"\0\1\1"
+    entry = b"\1" + struct.pack("<QQI", 0x1000, 0x1000_0000, 0)
+    return {
+        ".debug_abbrev": abbreviations((0x11, False, [(0x11, 1), (0x12, 7), (0x10, 0x17)])),
+        ".debug_info": unit(entry) * 2000,
+        ".debug_line": sized(struct.pack("<HI", 4, len(header)) + header + program),
+    }
+
+
+def one_long_name_for_many_functions() -> dict[str, bytes]:
+    """200,000 functions with a name of 4 MB."""
+    entries = b"\1" + struct.pack("<QQ", 0x1000, 0x1000_0000) + (b"\2" + bytes(4)) * 200_000 + b"\0"
+    return {
+        ".debug_abbrev": abbreviations((0x11, True, [(0x11, 1), (0x12, 7)]), (0x2E, False, [(3, 0xE)])),
+        ".debug_info": unit(entries),
+        ".debug_str": b"A" * 4_000_000 + b"\0",
+    }
+
+
+def one_unit_with_many_ranges() -> dict[str, bytes]:
+    """A unit that is costly to open and has 100,000 times the same range."""
+    others = [(0x2E, False, [(3, 0xE)])] * 100
+    declarations = abbreviations((0x11, False, [(0x11, 1), (0x55, 0x17)]), *others)
+    more = b"".join(bytes([code & 0x7F | 0x80, code >> 7, 0x2E, 0, 3, 0xE, 0, 0]) for code in range(128, 16_000))
+    return {
+        ".debug_abbrev": declarations[:-1] + more + b"\0",
+        ".debug_info": unit(b"\1" + bytes(12)),
+        ".debug_ranges": struct.pack("<QQ", 0x1000, 0x1000_0000) * 100_000 + bytes(16),
+    }
+
+
+@pytest.mark.parametrize(
+    "contents", [one_line_program_for_many_units, one_long_name_for_many_functions, one_unit_with_many_ranges]
+)
+def test_debug_information_that_multiplies_costs_little_time_and_memory(
+    guest: Callable[..., Path], contents: Callable[[], dict[str, bytes]]
+) -> None:
+    image = with_sections(guest("frames").read_bytes(), contents())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+
+    with Vm(image).debug() as dbg:
+        for offset in (0x1002, 0xFFF_FF00):
+            dbg.source_line(dbg.load_bias + offset)
+        assert len(dbg.backtrace()) == 1
+        with pytest.raises(BreakpointError):
+            dbg.breakpoint("a.c:99999999")
+
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10
+
+
+def test_unwind_information_of_endless_length_is_not_executed_for_each_frame(guest: Callable[..., Path]) -> None:
+    common = sized(bytes(4) + b"\1\0\1\x78\x10\x0c\x07\x08\x90\x01" + bytes(2))
+    entry = sized(struct.pack("<IQQ", len(common) + 4, 0x1000, 0x1000_0000) + b"\x40" * 16_000_000)
+    image = with_sections(guest("frames").read_bytes(), {".eh_frame": common + entry + bytes(4)})
+
+    with Vm(image).debug() as dbg:
+        dbg.memory.write(dbg.registers.rsp, struct.pack("<Q", dbg.registers.rip) * 1000)
+        start = time.monotonic()
+        dbg.backtrace(limit=1000)
+
+        assert time.monotonic() - start < 5

@@ -332,6 +332,74 @@ def test_process_that_ends_with_a_running_vm_ends_cleanly(
     assert errors == b"" or b"on purpose" in errors
 
 
+@pytest.mark.parametrize("ending", ["", "dbg.cont(wait=False)", "server.close()", "vm.close()", "del dbg, server, vm"])
+def test_process_that_ends_with_a_gdb_server_ends_cleanly(
+    endless: Callable, python: Callable, tmp_path: Path, ending: str
+) -> None:
+    path = tmp_path / "gdb"
+    code = (
+        "import sys, uhyve\n"
+        "vm = uhyve.Vm(sys.argv[1])\ndbg = vm.debug()\nserver = dbg.serve_gdb('unix:' + sys.argv[2])\n"
+        f"{ending}\nprint('ready', flush=True)"
+    )
+    child = python(code, endless("busy")[0], path)
+    child.read_until(b"ready\n")
+
+    status, _, errors = child.finish(10)
+
+    assert (status, errors) == (0, b"")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        "vm.start()",
+        "kept.append(vm.debug())",
+        "kept.append(vm.debug()); kept[0].breakpoint('_start', condition=print); kept[0].cont(wait=False)",
+        "kept.append(vm.debug()); kept.append(kept[0].serve_gdb())",
+    ],
+)
+def test_process_whose_last_exit_handler_starts_a_vm_ends(endless: Callable, python: Callable, late: str) -> None:
+    # What is registered before the package is imported runs behind its own handler.
+    code = (
+        "import atexit, sys\n"
+        "kept = []\n"
+        "def last():\n"
+        "    import uhyve\n"
+        "    vm = uhyve.Vm(sys.argv[1], cpus=2)\n"
+        f"    {late}\n"
+        "    kept.append(vm)\n"
+        "    print('started', flush=True)\n"
+        "atexit.register(last)\n"
+        "import uhyve"
+    )
+    child = python(code, endless("busy")[0])
+    child.read_until(b"started\n")
+
+    status, _, errors = child.finish(10)
+
+    assert (status, errors) == (0, b"")
+
+
+def test_vm_that_is_started_when_modules_are_cleared_is_refused(endless: Callable, python: Callable) -> None:
+    code = (
+        "import sys, uhyve\n"
+        "class Last:\n"
+        "    vm = uhyve.Vm(sys.argv[1])\n"
+        "    def __del__(self, write=sys.stdout.write, flush=sys.stdout.flush):\n"
+        "        try:\n"
+        "            self.vm.start()\n"
+        "        except RuntimeError as error:\n"
+        "            write(str(error)); flush()\n"
+        "last = Last()"
+    )
+
+    status, output, errors = python(code, endless("busy")[0]).finish(10)
+
+    assert (status, output, errors) == (0, b"Python is ending: no VM can be started any more", b"")
+
+
 def test_process_that_is_terminated_with_a_running_vm_is_gone(endless: Callable, python: Callable) -> None:
     child = python(RUN, endless("busy")[0], "{}", 2)
     child.read_until(b"busy\n")
