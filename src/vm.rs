@@ -181,10 +181,16 @@ impl Machine {
         self.ended.get().copied().unwrap_or_else(|| self.started.elapsed())
     }
 
+    /// Ends the VM, whatever it does, and waits for nothing.
+    pub fn kill(&self) {
+        self.engine.end(End::Killed);
+        self.console.hurry(console::LAST_WORDS);
+    }
+
     /// Ends the VM, whatever it does, and waits for its threads, unless it is called by one of them. May be called more
     /// than once.
     pub fn close(&self) {
-        self.engine.end(End::Killed);
+        self.kill();
         self.join();
     }
 

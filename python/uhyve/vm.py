@@ -109,7 +109,8 @@ class Vm:
     ``output``
         Where the guest's console goes. ``"capture"``: into ``VmResult.output``, up to ``output_limit`` bytes.
         ``"stdout"``, ``"stderr"``: to file descriptor 1 or 2. A ``pathlib.Path``: to that file, which must not exist.
-        A callable: it gets whole lines as ``bytes`` while the guest runs, on a thread of the VM. ``"none"`` or None:
+        A callable: it gets whole lines as ``bytes`` while the guest runs, on a thread of the VM, and for a second when
+        the guest is ended from outside; what it is behind by then is dropped, with a warning. ``"none"`` or None:
         nowhere.
     ``backend``
         ``"kvm"``, ``"soft"`` (a CPU in software, which needs no KVM), or ``"auto"``: KVM where it runs the guest's

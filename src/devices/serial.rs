@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -79,6 +79,8 @@ struct State {
     /// A flush found the callback busy; its caller takes the incomplete line too.
     flush_all: bool,
     callback: Option<Callback>,
+    /// When a callback gets no more.
+    limit: Option<Instant>,
     notifier: Option<Notifier>,
 }
 
@@ -242,6 +244,13 @@ impl Serial {
         }
     }
 
+    /// A callback gets what waits for `time` at most, in which those that are not slow get all; the rest is dropped.
+    pub fn hurry(&self, time: Duration) {
+        if self.is_callback() {
+            lock(&self.state).limit.get_or_insert_with(|| Instant::now() + time);
+        }
+    }
+
     /// Whether a callback has failed. Its error went to the thread that called it.
     pub fn callback_has_failed(&self) -> bool {
         self.is_callback() && lock(&self.state).failed
@@ -345,6 +354,7 @@ impl Serial {
         let mut turn = Turn { serial: self, idle, callback: Some(callback), has_returned: true };
         let mut delivered = 0;
         let result = loop {
+            state.drop_late();
             let length = state.piece();
             if length == 0 || (delivered > 0 && cancelled()) || delivered >= FULL {
                 break Ok(());
@@ -368,6 +378,17 @@ impl Serial {
 }
 
 impl State {
+    /// Drops what the callback has had no time for.
+    fn drop_late(&mut self) {
+        if !self.buffer.is_empty() && self.limit.is_some_and(|limit| Instant::now() > limit) {
+            log::warn!(
+                "the guest was ended, and the callback for its console is behind by {} bytes, which are dropped",
+                self.buffer.len()
+            );
+            self.buffer.clear();
+        }
+    }
+
     /// How much of the buffer the callback gets next.
     fn piece(&self) -> usize {
         let end = self.buffer.len().min(PIECE);

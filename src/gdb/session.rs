@@ -193,7 +193,7 @@ impl<'a> Session<'a> {
     }
 
     fn kill(&mut self) {
-        self.target.machine.engine.end(End::Killed);
+        self.target.machine.kill();
         self.target.refresh_threads();
         if !self.filter.is_extended() {
             self.ended = Some(Outcome::Over);
@@ -281,7 +281,7 @@ impl<'a> Session<'a> {
                 result
             }
             Decision::End => {
-                self.target.machine.engine.end(End::Killed);
+                self.target.machine.kill();
                 Ok(())
             }
             _ => {
@@ -478,7 +478,7 @@ impl<'a> Session<'a> {
         machine.engine.gate_stops(false);
         machine.set_controller(None);
         match decision {
-            Decision::End => machine.engine.end(End::Killed),
+            Decision::End => machine.kill(),
             Decision::Resume => {
                 let is_stopped = matches!(machine.engine.status(), Status::Stopped(stop) if !stop.reason.is_final());
                 if is_stopped && let Err(error) = machine.resume(|_| Plan::Run) {

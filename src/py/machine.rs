@@ -328,7 +328,7 @@ impl PyMachine {
     /// Ends the VM without waiting for its threads.
     fn end(&self, py: Python<'_>) -> PyResult<()> {
         let machine = self.machine()?;
-        py.detach(|| machine.engine.end(End::Killed));
+        py.detach(|| machine.kill());
         Ok(())
     }
 

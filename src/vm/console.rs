@@ -16,6 +16,9 @@ use crate::vcpu;
 /// How long a line of console output without its end waits for more.
 const FLUSH_AFTER: Duration = Duration::from_millis(50);
 
+/// How long a callback gets output of a VM that was ended from outside.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// The console's byte port of interface 1: most exits of a booting kernel are its messages, byte by byte.
 pub(crate) const CONSOLE_PORT: u16 = uhyve_interface::v1::HypercallAddress::Uart as u16;
 /// How often queued port writes are looked for while no exit takes them.

@@ -357,6 +357,28 @@ def test_callable_that_closes_its_vm_ends_the_run(guest: Callable[..., Path]) ->
         vm.run(LIMIT)
 
 
+@pytest.mark.parametrize("ending", ["timeout", "interrupt", "close"])
+def test_callable_that_is_far_behind_holds_up_no_end_from_outside(guest: Callable[..., Path], ending: str) -> None:
+    sink = Sink(delay=0.05)
+    vm = Vm(guest("output", defines=["LINES=1000000", "BUFFER_SIZE=0"]), output=sink)
+    vm.start()
+    while len(sink.pieces) < 3:
+        time.sleep(0.01)
+    start = time.monotonic()
+
+    if ending == "close":
+        vm.close()
+    else:
+        if ending == "interrupt":
+            vm.interrupt()
+        with pytest.raises(TimeoutExpired if ending == "timeout" else VmStateError):
+            vm.wait(0.1 if ending == "timeout" else LIMIT)
+        vm.close()
+
+    assert time.monotonic() - start < 8
+    assert sink.text == b"".join(b"line %d\n" % number for number in range(len(sink.pieces)))
+
+
 def test_callable_that_runs_another_vm_gets_its_result(guest: Callable[..., Path]) -> None:
     inner: list[int] = []
 
