@@ -286,7 +286,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
+    use std::sync::{Arc, Barrier};
 
     fn shared(cpus: u32, clock: ClockKind) -> Arc<Shared> {
         let shared = Shared::new(cpus, false, &SoftOptions { quantum: 100, clock, ..SoftOptions::default() });
@@ -310,9 +310,10 @@ mod tests {
             .map(|delay| {
                 let shared = shared(3, ClockKind::Virtual);
                 let order = Arc::new(Mutex::new(Vec::new()));
+                let done = Arc::new(Barrier::new(3));
                 let threads: Vec<_> = (0..3)
                     .map(|vcpu| {
-                        let (shared, order) = (shared.clone(), order.clone());
+                        let (shared, order, done) = (shared.clone(), order.clone(), done.clone());
                         std::thread::spawn(move || {
                             std::thread::sleep(Duration::from_millis((vcpu as u64 * 2 + delay) % 3));
                             for _ in 0..50 {
@@ -320,6 +321,8 @@ mod tests {
                                 order.lock().unwrap().push((vcpu, budget));
                                 shared.end_slice(vcpu, budget, Pause::Slice);
                             }
+                            // When the others have left, the last one's turn has no end.
+                            done.wait();
                             shared.leave(vcpu);
                         })
                     })
