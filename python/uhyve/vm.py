@@ -425,8 +425,14 @@ class Vm:
         with self._lock:
             if self._run is run:
                 self._run, self._result = None, result
-                if run.machine is not None:
-                    self._stats = stats_of(run.machine) if result is None else result.stats
+                if result is not None:
+                    self._stats = result.stats
+                elif run.machine is not None:
+                    try:
+                        self._stats = stats_of(run.machine)
+                    except VmStateError:
+                        # A forked child has a copy that is not the VM.
+                        self._stats = None
                 _running.discard(self)
 
     def _release_machine(self, machine: Machine) -> None:
