@@ -1,5 +1,6 @@
-//! What this machine's KVM really does, found out by running six tiny guests. Capability flags alone don't tell: the
-//! same KVM API lies over hardware, over PVM (whose ring 0 is emulated) and over nested machines that lose exceptions.
+//! What this machine's KVM really does, found out by running tiny guests, each on a vCPU of its own in one VM. Capability
+//! flags alone don't tell: the same KVM API lies over hardware, over PVM (whose ring 0 is emulated) and over nested
+//! machines that lose exceptions.
 
 use std::sync::OnceLock;
 
@@ -35,47 +36,59 @@ pub fn capabilities() -> Result<Capabilities> {
 
 /// Whether ring-0 code runs on the CPU itself, by the kernel's word or by one small guest; probed once in a process.
 pub fn is_native() -> Result<bool> {
-    static PROBED: OnceLock<bool> = OnceLock::new();
-    if let Some(known) = PROBED.get() {
-        return Ok(*known);
+    match NATIVE.get() {
+        Some(known) => Ok(*known),
+        None => is_native_in(&mut None),
     }
-    if has_hardware_module() {
-        super::open_kvm()?;
-        return Ok(*PROBED.get_or_init(|| true));
-    }
-    // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
-    let found = reached(Guest::start(&[0x66, 0x0f, 0x51, 0xc0])?.run(&GuestDebug::default())?);
-    Ok(*PROBED.get_or_init(|| found))
 }
 
-/// Whether the kernel says that KVM works by the processor's virtualisation, and by nothing else: a VM, made to find
-/// that out, would cost a small guest's boot a tenth of its time.
-fn has_hardware_module() -> bool {
+static NATIVE: OnceLock<bool> = OnceLock::new();
+
+/// The same; a guest runs in that laboratory.
+fn is_native_in(laboratory: &mut Option<Laboratory>) -> Result<bool> {
+    if let Some(known) = NATIVE.get() {
+        return Ok(*known);
+    }
+    let found = match word_of_the_kernel() {
+        Some(word) => super::open_kvm().map(|_| word)?,
+        // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
+        None => reached(Laboratory::run(laboratory, &[0x66, 0x0f, 0x51, 0xc0], &GuestDebug::default())?),
+    };
+    Ok(*NATIVE.get_or_init(|| found))
+}
+
+/// What the kernel says of how KVM works, if it is clear: by the processor's virtualisation and nothing else, or by PVM and
+/// nothing else. A VM, made to find that out, costs a small guest's boot a tenth of its time, and its end some ticks of
+/// the kernel's clock.
+fn word_of_the_kernel() -> Option<bool> {
     let has = |module: &str| std::path::Path::new("/sys/module").join(module).exists();
-    (has("kvm_intel") || has("kvm_amd")) && !has("kvm_pvm")
+    match (has("kvm_intel") || has("kvm_amd"), has("kvm_pvm")) {
+        (true, false) => Some(true),
+        (false, true) => Some(false),
+        _ => None,
+    }
 }
 
 fn probe() -> Result<Capabilities> {
     let kvm = super::open_kvm()?;
     let flags = u32::try_from(kvm.check_extension_raw(CAP_SET_GUEST_DEBUG2)).unwrap_or(0);
-    let step = Guest::start(&[0x90, 0x90])?.run(&GuestDebug { single_step: true, ..Default::default() })?;
-    let int3 = Guest::start(&[0xcc])?.run(&GuestDebug { software_breakpoints: true, ..Default::default() })?;
+    let mut laboratory = None;
+    let mut run = |code: &[u8], debug: GuestDebug| Laboratory::run(&mut laboratory, code, &debug);
+    let step = run(&[0x90, 0x90], GuestDebug { single_step: true, ..Default::default() })?;
+    let int3 = run(&[0xcc], GuestDebug { software_breakpoints: true, ..Default::default() })?;
     let mut hardware = 0;
     let elsewhere = HardwareBreakpoint::execute(CODE + 0x800);
     for register in 0..4 {
         let mut debug = GuestDebug { hardware: vec![elsewhere; register], ..Default::default() };
         debug.hardware.push(HardwareBreakpoint::execute(CODE + 1));
-        hardware +=
-            u32::from(matches!(Guest::start(&[0x90, 0x90])?.run(&debug)?, Exit::Debug(event) if event.pc == CODE + 1));
+        hardware += u32::from(matches!(run(&[0x90, 0x90], debug)?, Exit::Debug(event) if event.pc == CODE + 1));
     }
-    let watch = GuestDebug {
-        hardware: vec![HardwareBreakpoint { address: DATA, access: Access::Write, length: 4 }],
-        ..Default::default()
-    };
+    let watch = HardwareBreakpoint { address: DATA, access: Access::Write, length: 4 };
     // mov [DATA], eax
-    let watched = Guest::start(&[0x89, 0x04, 0x25, 0x00, 0x90, 0x00, 0x00])?.run(&watch)?;
+    let store = [0x89, 0x04, 0x25, 0x00, 0x90, 0x00, 0x00];
+    let watched = run(&store, GuestDebug { hardware: vec![watch], ..Default::default() })?;
     Ok(Capabilities {
-        native_ring0: is_native()?,
+        native_ring0: is_native_in(&mut laboratory)?,
         single_step: matches!(step, Exit::Debug(event) if event.pc == CODE + 1),
         block_interrupts: flags & kvm_bindings::KVM_GUESTDBG_BLOCKIRQ != 0,
         int3: match int3 {
@@ -94,23 +107,50 @@ fn reached(exit: Exit) -> bool {
     matches!(exit, Exit::IoOut { port: MARKER_PORT, .. })
 }
 
-/// A guest of a few instructions in 64-bit ring 0, without an IDT.
-struct Guest {
-    vcpu: Box<dyn Vcpu>,
-    _backend: KvmBackend,
+/// A VM for guests of a few instructions in 64-bit ring 0, without an IDT.
+struct Laboratory {
+    memory: GuestMemory,
+    backend: KvmBackend,
+    guests: u32,
+    most: u32,
 }
 
-impl Guest {
-    fn start(code: &[u8]) -> Result<Self> {
+impl Laboratory {
+    /// Guests of one VM: a new vCPU takes a fraction of a new VM's time.
+    const GUESTS: u32 = 8;
+
+    fn new() -> Result<Self> {
+        let limit = super::open_kvm()?.get_max_vcpus();
+        let most = u32::try_from(limit).unwrap_or(u32::MAX).min(Self::GUESTS);
         let memory = GuestMemory::new(0, 0x20_0000, Backing::default())?;
-        let backend = KvmBackend::new(&memory, &MachineOptions { cpus: 1, ..Default::default() })?;
-        let mut vcpu = backend.create_vcpu(0)?;
+        let backend = KvmBackend::new(&memory, &MachineOptions { cpus: most, ..Default::default() })?;
         // PML4 → PDPT → PD → one 2 MiB page, present and writable.
         for (table, entry) in [(PML4, PML4 + 0x1003), (PML4 + 0x1000, PML4 + 0x2003), (PML4 + 0x2000, 0x83)] {
             memory.write_object(table, entry)?;
         }
-        let program = [code, &MARKER, &[0xf4]].concat();
-        memory.write(CODE, &program)?;
+        Ok(Self { memory, backend, guests: 0, most })
+    }
+
+    /// Runs a guest in that laboratory, or in a new one, to its first exit.
+    fn run(laboratory: &mut Option<Self>, code: &[u8], debug: &GuestDebug) -> Result<Exit> {
+        let mut vcpu = match laboratory {
+            Some(found) if found.guests < found.most => found.guest(code)?,
+            _ => laboratory.insert(Self::new()?).guest(code)?,
+        };
+        vcpu.set_guest_debug(debug)?;
+        for _ in 0..16 {
+            match vcpu.run()? {
+                Exit::Interrupted => {}
+                exit => return Ok(exit),
+            }
+        }
+        Err(Error::HypervisorUnavailable("the probe guest is interrupted without end".into()))
+    }
+
+    fn guest(&mut self, code: &[u8]) -> Result<Box<dyn Vcpu>> {
+        let mut vcpu = self.backend.create_vcpu(self.guests)?;
+        self.guests += 1;
+        self.memory.write(CODE, &[code, &MARKER, &[0xf4]].concat())?;
         let mut system = vcpu.system_registers()?;
         let data = Segment { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xc093 };
         system.cs = Segment { selector: 8, base: 0, limit: u32::MAX, attributes: 0xa09b };
@@ -122,18 +162,13 @@ impl Guest {
         registers.general[RSP] = STACK;
         registers.general[RAX] = 1;
         vcpu.set_registers(&registers)?;
-        Ok(Self { vcpu, _backend: backend })
+        Ok(vcpu)
     }
+}
 
-    fn run(&mut self, debug: &GuestDebug) -> Result<Exit> {
-        self.vcpu.set_guest_debug(debug)?;
-        for _ in 0..16 {
-            match self.vcpu.run()? {
-                Exit::Interrupted => {}
-                exit => return Ok(exit),
-            }
-        }
-        Err(Error::HypervisorUnavailable("the probe guest is interrupted without end".into()))
+impl Drop for Laboratory {
+    fn drop(&mut self) {
+        super::closing::hasten(&self.backend.vm);
     }
 }
 
