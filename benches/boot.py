@@ -69,12 +69,12 @@ def _run(command: list[str]) -> tuple[float, float] | None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     child = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=LIMIT, check=False
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False
     )
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if child.returncode:
-        print(f"warning: {' '.join(command)} ended with {child.returncode}", file=sys.stderr)
+        print(f"warning: {command[0]} with {Path(command[-1]).name} ended with {child.returncode}", file=sys.stderr)
         return None
     return wall, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
