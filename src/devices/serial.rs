@@ -354,7 +354,14 @@ impl Serial {
         let mut turn = Turn { serial: self, idle, callback: Some(callback), has_returned: true };
         let mut delivered = 0;
         let result = loop {
-            state.drop_late();
+            if let Some(late) = state.take_late() {
+                drop(state);
+                log::warn!(
+                    "the guest was ended, and the callback for its console is behind by {} bytes, which are dropped",
+                    late.len()
+                );
+                state = lock(&self.state);
+            }
             let length = state.piece();
             if length == 0 || (delivered > 0 && cancelled()) || delivered >= FULL {
                 break Ok(());
@@ -378,15 +385,10 @@ impl Serial {
 }
 
 impl State {
-    /// Drops what the callback has had no time for.
-    fn drop_late(&mut self) {
-        if !self.buffer.is_empty() && self.limit.is_some_and(|limit| Instant::now() > limit) {
-            log::warn!(
-                "the guest was ended, and the callback for its console is behind by {} bytes, which are dropped",
-                self.buffer.len()
-            );
-            self.buffer.clear();
-        }
+    /// Takes what the callback has had no time for out of the buffer.
+    fn take_late(&mut self) -> Option<Vec<u8>> {
+        let is_late = !self.buffer.is_empty() && self.limit.is_some_and(|limit| Instant::now() > limit);
+        is_late.then(|| std::mem::take(&mut self.buffer))
     }
 
     /// How much of the buffer the callback gets next.

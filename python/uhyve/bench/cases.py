@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-__all__ = ["CASES", "CASES_BY_NAME", "Bar", "Case"]
+from uhyve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["CASES", "CASES_BY_NAME", "Bar", "Case", "named"]
 
 
 @dataclass(frozen=True)
@@ -158,3 +163,11 @@ CASES: Final[tuple[Case, ...]] = (
 """All of them, in the order of reports."""
 
 CASES_BY_NAME: Final = {case.name: case for case in CASES}
+
+
+def named(names: Iterable[str]) -> set[str]:
+    """These cases' names, or all if there are none. Raises ``ConfigError`` for a name that no case has."""
+    wanted = {names} if isinstance(names, str) else set(names)
+    if unknown := wanted - CASES_BY_NAME.keys():
+        raise ConfigError(f"there is no case {min(unknown)!r}; there are {', '.join(CASES_BY_NAME)}")
+    return wanted or set(CASES_BY_NAME)

@@ -60,6 +60,7 @@ def bench(
 ) -> None:
     """Measures what an exit costs here: all CASES, or those that are named."""
     from uhyve.bench import CASES, compare, holds, run
+    from uhyve.bench.cases import named
     from uhyve.bench.compare import moved, read
     from uhyve.bench.plot import check, save
     from uhyve.bench.report import checked
@@ -69,13 +70,10 @@ def bench(
         for case in CASES:
             click.echo(f"{case.name:<18} {case.title}")
         return
-    known = [case.name for case in CASES]
-    for name in cases:
-        if name not in known:
-            raise click.UsageError(f"there is no case {name!r}; there are {', '.join(known)}")
     # What was asked for wrongly is told before anything is measured.
+    wanted = named(cases)
     for limit in limits:
-        checked(limit, cases or known)
+        checked(limit, wanted)
     old = None if other is None else read(_text(other))
     if plot is not None:
         check(plot)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from uhyve import __version__, _core
-from uhyve.bench.cases import CASES, CASES_BY_NAME, Case
+from uhyve.bench.cases import CASES, CASES_BY_NAME, Case, named
 from uhyve.bench.facts import facts
 from uhyve.bench.report import ENOUGH, Exits, Report, Result, Verdict, coarse, quantile, summarize
 from uhyve.bench.ways import Round, Ways, floor
-from uhyve.errors import ConfigError, UhyveError
+from uhyve.errors import UhyveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,14 +54,12 @@ def run(
     start = time.monotonic()
     backend = os.environ.get("UHYVE_BACKEND") or backend if backend == "auto" else backend
     name = _core.choose_backend(backend)[0]
-    wanted = {cases} if isinstance(cases, str) else set(cases)
-    if unknown := wanted - CASES_BY_NAME.keys():
-        raise ConfigError(f"there is no case {min(unknown)!r}; there are {', '.join(CASES_BY_NAME)}")
+    wanted = named(cases)
     report = Report(__version__, name, quick, 0.0, facts(), _core.bench_clock())
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         data = Path(folder, "data")
         data.write_bytes(bytes(1 << 20))
-        chosen = [case for case in CASES if not wanted or case.name in wanted]
+        chosen = [case for case in CASES if case.name in wanted]
         bench = _Bench(name, data, quick, chosen, report)
         bench.run(start + (_QUICK if quick else _FULL), progress)
     report.seconds = time.monotonic() - start

@@ -36,25 +36,25 @@ pub fn capabilities() -> Result<Capabilities> {
 
 /// Whether ring-0 code runs on the CPU itself, by the kernel's word or by one small guest; probed once in a process.
 pub fn is_native() -> Result<bool> {
-    match NATIVE.get() {
-        Some(known) => Ok(*known),
-        None => is_native_in(&mut None),
-    }
+    is_native_in(&mut None)
 }
-
-static NATIVE: OnceLock<bool> = OnceLock::new();
 
 /// The same; a guest runs in that laboratory.
 fn is_native_in(laboratory: &mut Option<Laboratory>) -> Result<bool> {
+    static NATIVE: OnceLock<bool> = OnceLock::new();
     if let Some(known) = NATIVE.get() {
         return Ok(*known);
     }
     let found = match word_of_the_kernel() {
         Some(word) => super::open_kvm().map(|_| word)?,
-        // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
-        None => reached(Laboratory::run(laboratory, &[0x66, 0x0f, 0x51, 0xc0], &GuestDebug::default())?),
+        None => executes_sse(laboratory)?,
     };
     Ok(*NATIVE.get_or_init(|| found))
+}
+
+fn executes_sse(laboratory: &mut Option<Laboratory>) -> Result<bool> {
+    // sqrtpd xmm0, xmm0: SSE arithmetic, which an instruction emulator in the kernel does not have.
+    Ok(reached(Laboratory::run(laboratory, &[0x66, 0x0f, 0x51, 0xc0], &GuestDebug::default())?))
 }
 
 /// What the kernel says of how KVM works, if it is clear: by the processor's virtualisation and nothing else, or by PVM and
@@ -175,6 +175,13 @@ impl Drop for Laboratory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_word_of_the_kernel_is_what_a_guest_finds() {
+        if let (Some(word), Ok(found)) = (word_of_the_kernel(), executes_sse(&mut None)) {
+            assert_eq!(word, found);
+        }
+    }
 
     #[test]
     fn test_probe_of_this_machine_finds_single_step_or_says_why_not() {
